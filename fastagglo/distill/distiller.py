@@ -1,0 +1,353 @@
+"""Student, statistics and losses of one distillation step.
+
+The road of a step: the student's heads predict each teacher's *normalised* features
+``R (y - mean) / scale`` (PHI-S, arXiv 2410.01680). Where the loss does not see rotations (mse,
+cosine) the rotation is folded into the head's last weight, so no target is ever multiplied by a
+C x C matrix. Statistics are fitted while training goes on; whenever they are refreshed, each
+head's last layer is rewritten so that what it says about the teacher's own features stays exactly
+the same: the targets of the loss move, the student does not jump.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, replace
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fastagglo.distill.balance import make_balancer, teacher_dropping
+from fastagglo.distill.dispersion import Dispersion
+from fastagglo.distill.ema import mesa_loss
+from fastagglo.distill.phi_s import PhiS
+from fastagglo.features import Features
+from fastagglo.model import AdaptorMLP, PackedBatch, Student, StudentOutput
+from fastagglo.ops import Affine, LossTerm, multi_teacher_loss
+from fastagglo.ops.loss import term_image_weights
+
+# Losses that give the same number when prediction and target are rotated together.
+ROTATION_FREE = ("mse", "cosine")
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How one teacher is matched; the names are those of the recipe's teacher settings."""
+
+    summary: int | None
+    spatial: int | None
+    summary_loss: str = "cosine"
+    spatial_loss: str = "mse"
+    summary_weight: float = 1.0
+    spatial_weight: float = 1.0
+    normaliser: str = "phi-s"
+    resize: str = "larger"
+
+
+@dataclass(frozen=True)
+class DistillOutput:
+    """Losses of a step.
+
+    Attributes:
+        total: what to differentiate, 0-d.
+        teachers: weighted loss of each teacher before balancing, 0-d, detached; ``"mesa"`` beside
+            them where it is used.
+    """
+
+    total: Tensor
+    teachers: dict[str, Tensor]
+
+
+class Basis(nn.Module):
+    """The normalisation in use for one teacher's spatial features.
+
+    Attributes:
+        mean: ``(C,)``. scale: 0-d or ``(C,)``. rotation: ``(C, C)``, the identity until the
+            statistics are settled. settled: 0-d bool. ready: 0-d bool, false until the first
+            statistics arrive.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    rotation: Tensor
+    ready: Tensor
+    settled: Tensor
+
+    def __init__(self, channels: int, per_channel: bool) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(channels))
+        self.register_buffer("scale", torch.ones(channels if per_channel else ()))
+        self.register_buffer("rotation", torch.eye(channels))
+        self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("settled", torch.zeros((), dtype=torch.bool))
+
+    def denormalise(self, features: Tensor) -> Tensor:
+        """From the unrotated normalised space back to the teacher's own."""
+        return features * self.scale + self.mean
+
+
+class Distiller(nn.Module):
+    """Computes the loss of a step from images and teacher features.
+
+    Args:
+        student: its heads must bear the teachers' names.
+        matching: how each teacher is matched, by name.
+        balance: see `fastagglo.distill.make_balancer`.
+        teacher_drop: per image, the probability of dropping each teacher but the one with the
+            largest loss (UNIC, arXiv 2408.05088).
+        mesa_weight: weight of the match to the average student (C-RADIOv4).
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        matching: Mapping[str, Matching],
+        *,
+        balance: str = "fixed",
+        teacher_drop: float = 0.0,
+        mesa_weight: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.student = student
+        self.matching = dict(matching)
+        self.teacher_drop = teacher_drop
+        self.mesa_weight = mesa_weight
+        self.balancer = make_balancer(balance, list(matching))
+        self.bases = nn.ModuleDict()
+        self.fitting = nn.ModuleDict()
+        self.dispersions = nn.ModuleDict()
+        for name, match in self.matching.items():
+            if match.spatial and match.normaliser != "none":
+                self.bases[name] = Basis(match.spatial, match.normaliser == "standardize")
+                self.fitting[name] = PhiS(match.spatial, kind=match.normaliser)
+            if match.summary and match.summary_loss == "angular":
+                self.dispersions[name] = Dispersion(match.summary)
+                self.register_buffer(f"dispersion_{name}", torch.ones(()))
+
+    # Statistics.
+
+    def start_fitting(self) -> None:
+        """Begin the statistics anew (a stage with other resolutions); those in use stay in use."""
+        for name, phi in self.fitting.items():
+            fresh = PhiS(self.matching[name].spatial, kind=self.matching[name].normaliser)
+            self.fitting[name] = fresh.to(phi.mean.device)
+        for name, dispersion in self.dispersions.items():
+            fresh = Dispersion(len(dispersion.direction))
+            self.dispersions[name] = fresh.to(dispersion.count.device)
+
+    def observe(self, targets: Sequence[Mapping[str, Features]]) -> None:
+        """Take one batch of teacher features (per image group) into the statistics."""
+        for group in targets:
+            for name, features in group.items():
+                if name in self.fitting and features.spatial is not None:
+                    self.fitting[name].update(features.spatial)
+                if name in self.dispersions and features.summary is not None:
+                    self.dispersions[name].update(features.summary)
+
+    @torch.no_grad()
+    def refresh(self, *, settle: bool) -> list[nn.Module]:
+        """Put the statistics seen so far, over all ranks, into use.
+
+        Args:
+            settle: the last refresh of a fit: the rotation is computed too.
+
+        Returns:
+            Layers whose basis was rotated, whose optimiser state has lost its meaning.
+        """
+        rotated: list[nn.Module] = []
+        for name, phi in self.fitting.items():
+            basis: Basis = self.bases[name]
+            merged = deepcopy(phi)
+            if dist.is_initialized():
+                merged.all_reduce()
+            affine = merged.affine
+            rotation = None
+            if settle:
+                merged.finish()
+                rotation = merged.rotation
+                if dist.is_initialized() and rotation is not None:
+                    # Eigenvectors of one matrix may differ between machines: one rank decides.
+                    dist.broadcast(rotation, 0)
+            head = self.student.heads.spatial_mlp(name)
+            if basis.ready:
+                _rebase(head, basis, affine, rotation)
+            elif rotation is not None:
+                head.rotate_output_(rotation)
+            if settle or basis.settled:
+                rotated.append(head)
+            basis.mean.copy_(affine.mean)
+            basis.scale.copy_(affine.scale)
+            basis.rotation.copy_(torch.eye(len(basis.mean)) if rotation is None else rotation)
+            basis.ready.fill_(True)
+            basis.settled.fill_(rotation is not None)
+        for name, dispersion in self.dispersions.items():
+            getattr(self, f"dispersion_{name}").copy_(dispersion.merged().value)
+        return rotated
+
+    def heads_are_in_teacher_space(self) -> None:
+        """Say that the heads already predict the teachers' own features (a warm start)."""
+        for basis in self.bases.values():
+            basis.ready.fill_(True)
+
+    # The step.
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        targets: Sequence[Mapping[str, Features]],
+        shifts: Sequence[Mapping[str, Tensor]],
+        *,
+        window: int | None = None,
+        average: StudentOutput | None = None,
+        average_shifts: Sequence[Tensor | None] | None = None,
+    ) -> DistillOutput:
+        """Loss of one micro-batch.
+
+        Args:
+            batch: the student's images, one group per resolution.
+            targets: for each group, each teacher's features.
+            shifts: for each group, ``(N, 2)`` offsets of each teacher's view from the student's
+                in student patches; a missing name means none.
+            window: side of the attention windows in tokens, or None for global attention.
+            average: output of the average student, for MESA.
+            average_shifts: for each group, the offsets of its views from the student's.
+        """
+        output = self.student(batch, rotations=self._folded_rotations(), window=window)
+        pairs = self._with_denominators(list(self._pairs(output, batch, targets, shifts)))
+        result = multi_teacher_loss(
+            [pair.prediction for pair in pairs],
+            [pair.target for pair in pairs],
+            [pair.term for pair in pairs],
+        )
+        if self.teacher_drop > 0 and self.training:
+            kept = self._kept_shares(pairs, result.per_image, batch.num_images)
+        losses: dict[str, Tensor] = {}
+        for index, pair in enumerate(pairs):
+            loss = result.per_term[index]
+            if self.teacher_drop > 0 and self.training:
+                share = kept[list(self.matching).index(pair.teacher), pair.images]
+                weighted = result.image_weights[index] * share * result.per_image[index]
+                loss = weighted.sum() / pair.term.denominator
+            losses[pair.teacher] = losses.get(pair.teacher, 0.0) + pair.weight * loss
+        total, _ = self.balancer(losses)
+        if average is not None:
+            mesa = mesa_loss(output.backbone.spatial, average.backbone.spatial, average_shifts)
+            losses["mesa"] = self.mesa_weight * mesa
+            total = total + losses["mesa"]
+        return DistillOutput(total, {name: loss.detach() for name, loss in losses.items()})
+
+    def predict(self, batch: PackedBatch, window: int | None = None) -> StudentOutput:
+        """The student's output with spatial features in each teacher's own space."""
+        rotations = {name: basis.rotation for name, basis in self.bases.items() if basis.settled}
+        output = self.student(batch, rotations=rotations, window=window)
+        for name, basis in self.bases.items():
+            spatial = [basis.denormalise(s) for s in output[name].spatial]
+            output[name] = Features(output[name].summary, spatial)
+        return output
+
+    @torch.no_grad()
+    def export(self) -> Student:
+        """A copy of the student whose heads predict the teachers' own features by themselves."""
+        student = deepcopy(self.student)
+        for name, basis in self.bases.items():
+            rotation = basis.rotation if basis.settled else None
+            student.heads.spatial_mlp(name).fold_affine_(basis.mean, basis.scale, rotation)
+        return student
+
+    def _folded_rotations(self) -> dict[str, Tensor]:
+        return {
+            name: basis.rotation
+            for name, basis in self.bases.items()
+            if basis.settled and self.matching[name].spatial_loss in ROTATION_FREE
+        }
+
+    def _normaliser(self, name: str) -> Affine | None:
+        if name not in self.bases:
+            return None
+        basis = self.bases[name]
+        folded = self.matching[name].spatial_loss in ROTATION_FREE
+        rotation = basis.rotation if basis.settled and not folded else None
+        return Affine(basis.mean, basis.scale, rotation)
+
+    def _pairs(
+        self,
+        output: StudentOutput,
+        batch: PackedBatch,
+        targets: Sequence[Mapping[str, Features]],
+        shifts: Sequence[Mapping[str, Tensor]],
+    ) -> Iterator[_Pair]:
+        """What is compared with what: one pair per teacher, kind of feature and image group."""
+        counts = [len(group) for group in batch.groups]
+        for name, match in self.matching.items():
+            spatial = LossTerm(
+                match.spatial_loss, normaliser=self._normaliser(name), resize=match.resize
+            )
+            summary = LossTerm(
+                match.summary_loss,
+                dispersion=getattr(self, f"dispersion_{name}", 1.0),
+            )
+            if match.summary and match.summary_weight > 0:
+                summaries = output[name].summary.split(counts)
+            first = 0
+            for index, (group, count) in enumerate(zip(targets, counts, strict=True)):
+                images = slice(first, first + count)
+                first += count
+                goal = group[name]
+                if match.spatial and match.spatial_weight > 0 and goal.spatial is not None:
+                    term = replace(spatial, shift=shifts[index].get(name))
+                    prediction = output[name].spatial[index]
+                    weight = match.spatial_weight
+                    yield _Pair(name, "spatial", images, weight, term, prediction, goal.spatial)
+                if match.summary and match.summary_weight > 0 and goal.summary is not None:
+                    weight, prediction = match.summary_weight, summaries[index]
+                    yield _Pair(name, "summary", images, weight, summary, prediction, goal.summary)
+
+    def _with_denominators(self, pairs: list[_Pair]) -> list[_Pair]:
+        """Give the terms of one teacher and kind a common denominator over groups and ranks."""
+        kinds = list(dict.fromkeys((pair.teacher, pair.kind) for pair in pairs))
+        sums = torch.zeros(len(kinds), device=pairs[0].prediction.device)
+        for pair in pairs:
+            weights = term_image_weights(pair.prediction.shape, pair.target.shape, pair.term)
+            sums[kinds.index((pair.teacher, pair.kind))] += weights.sum()
+        if dist.is_initialized():
+            # Gradients are averaged over ranks, so each rank divides by its share of the sum.
+            dist.all_reduce(sums)
+            sums /= dist.get_world_size()
+        sums.clamp_(min=1e-12)
+        return [
+            replace(
+                pair,
+                term=replace(pair.term, denominator=sums[kinds.index((pair.teacher, pair.kind))]),
+            )
+            for pair in pairs
+        ]
+
+    def _kept_shares(self, pairs: list[_Pair], per_image: Sequence[Tensor], images: int) -> Tensor:
+        """``(teachers, images)`` coefficients of teacher dropping, with a mean of 1."""
+        losses = torch.zeros(len(self.matching), images, device=per_image[0].device)
+        names = list(self.matching)
+        for pair, loss in zip(pairs, per_image, strict=True):
+            losses[names.index(pair.teacher), pair.images] += pair.weight * loss.detach()
+        return teacher_dropping(losses, p=self.teacher_drop) * len(names)
+
+
+@dataclass(frozen=True)
+class _Pair:
+    """A prediction beside its target; ``images`` are their places in the batch."""
+
+    teacher: str
+    kind: str
+    images: slice
+    weight: float
+    term: LossTerm
+    prediction: Tensor
+    target: Tensor
+
+
+def _rebase(head: AdaptorMLP, old: Basis, new: Affine, rotation: Tensor | None) -> None:
+    """Rewrite a head's last layer from one normalisation to another, the function unchanged."""
+    head.fold_affine_(old.mean, old.scale, old.rotation if old.settled else None)
+    head.fold_affine_(-new.mean / new.scale, 1 / new.scale, None)
+    if rotation is not None:
+        head.rotate_output_(rotation)

@@ -1,0 +1,18 @@
+"""The trainer: configuration, loop, checkpoints, telemetry."""
+
+from fastagglo.train.config import RunConfig
+from fastagglo.train.distributed import choose_device, process_group
+from fastagglo.train.loop import Trainer, build_student, stated_widths
+from fastagglo.train.recipe import load_recipe, parse_arguments, recipe_names
+
+__all__ = [
+    "RunConfig",
+    "Trainer",
+    "build_student",
+    "choose_device",
+    "load_recipe",
+    "parse_arguments",
+    "process_group",
+    "recipe_names",
+    "stated_widths",
+]

@@ -1,0 +1,405 @@
+"""The training loop, from the first batch to the exported student."""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fastagglo.data import CropStream, Filters, SkipCounter, TrainBatch, build_source, make_loader
+from fastagglo.data import split as split_source
+from fastagglo.distill import Distiller, Matching, make_ema
+from fastagglo.errors import UserError
+from fastagglo.model import HeadSpec, PackedBatch, Student, create_student, save_student, warm_start
+from fastagglo.teachers import Teacher
+from fastagglo.train import run_folder
+from fastagglo.train.checkpoint import load_checkpoint, save_checkpoint
+from fastagglo.train.config import EMA_VIEW, RunConfig, TeacherSettings
+from fastagglo.train.distributed import all_agree, is_main, rank_and_world
+from fastagglo.train.evaluation import HeldOut, write_outcome
+from fastagglo.train.optim import build_optimiser, forget, set_learning_rate
+from fastagglo.train.recipe import save_config
+from fastagglo.train.schedule import Planner, eval_steps, learning_rate
+from fastagglo.train.targets import finite_teachers, load_teachers, teacher_features
+from fastagglo.train.telemetry import Telemetry
+
+
+def build_student(
+    config: RunConfig, widths: Mapping[str, tuple[int | None, int | None]]
+) -> Student:
+    """The student of a run, with one head per teacher.
+
+    Args:
+        config: the run.
+        widths: summary and spatial width of each teacher, by name.
+    """
+    settings = config.student
+    heads = {
+        name: HeadSpec(
+            summary=widths[name][0] if teacher.summary_weight > 0 else None,
+            spatial=widths[name][1] if teacher.spatial_weight > 0 else None,
+            hidden=teacher.head.hidden,
+            blocks=teacher.head.blocks,
+            upsample=teacher.head.upsample,
+            pre_norm=teacher.head.pre_norm,
+            spatial_blocks=teacher.head.spatial_blocks,
+        )
+        for name, teacher in config.teachers.items()
+    }
+    overrides = {
+        name: getattr(settings, name)
+        for name in ("patch_size", "depth", "mlp", "global_layers")
+        if getattr(settings, name) is not None
+    }
+    student = create_student(
+        settings.preset,
+        heads=heads,
+        registers=settings.registers,
+        max_resolution=settings.max_resolution,
+        drop_path=settings.drop_path,
+        **overrides,
+    )
+    student.checkpoint_blocks = settings.checkpoint_blocks
+    return student
+
+
+def stated_widths(config: RunConfig) -> dict[str, tuple[int | None, int | None]]:
+    """Widths of the teachers as the recipe states them, without loading any."""
+    return {n: (t.summary_width, t.spatial_width) for n, t in config.teachers.items()}
+
+
+class Trainer:
+    """One run: builds all its parts, trains, evaluates, exports.
+
+    Everything that can be wrong with the settings, the data or the teachers shows up here, before
+    the run's folder is made.
+
+    Args:
+        config: the run.
+        device: where student and teachers live.
+        resume: folder of the run to go on with, or None for a new run.
+    """
+
+    def __init__(self, config: RunConfig, device: torch.device, resume: Path | None = None) -> None:
+        self.config, self.device = config, device
+        self.rank, self.world = rank_and_world()
+        torch.set_num_threads(config.threads or torch.get_num_threads())
+        _seed(config.seed, 0, 0)
+        self.teachers = load_teachers(config, device)
+        self._check_widths()
+        widths = {n: (t.spec.summary, t.spec.spatial) for n, t in self.teachers.items()}
+        student = build_student(config, widths).to(device)
+        self.planner = Planner(
+            config,
+            {n: t.spec for n, t in self.teachers.items()},
+            student.config.patch_size,
+            self.world,
+        )
+        self.distiller = Distiller(
+            student,
+            {name: _matching(t, self.teachers[name]) for name, t in config.teachers.items()},
+            balance=config.distill.balance,
+            teacher_drop=config.distill.teacher_drop,
+            mesa_weight=config.distill.mesa_weight,
+        ).to(device)
+        if config.student.init and resume is None:
+            warm_start(student, Path(config.student.init))
+            self.distiller.heads_are_in_teacher_space()
+        self.ema = make_ema(student, config.distill.ema_decay) if config.distill.ema_decay else None
+        self.optimiser = build_optimiser(student, self.distiller.balancer, config.optimiser)
+        data = config.data
+        source = build_source(
+            list(zip(data.images, data.weights or (1.0,) * len(data.images), strict=True))
+        )
+        self.data = split_source(source, photos=data.holdout_photos, region=data.holdout_region)
+        self.stream = CropStream(
+            self.data.train,
+            self.planner,
+            seed=config.seed,
+            rank=self.rank,
+            world=self.world,
+            scale=data.crop_scale,
+            region=data.holdout_region,
+            filters=Filters(data.min_size, data.uniform_std, data.drop_duplicates),
+        )
+        self.held_out = HeldOut(config, self.data, self.planner)
+        self.skips = SkipCounter(limit_fraction=data.max_bad_share)
+        self.step, self.bad_steps = 0, 0
+        self.stop_requested = False
+        self._frozen: bool | None = None
+        self._module: nn.Module = self.distiller
+        if resume is not None:
+            self._restore(resume)
+
+    # The run.
+
+    def run(self, folder: Path) -> bool:
+        """Train to the end, writing into ``folder``.
+
+        Returns:
+            Whether the end was reached; False after an interruption, with a checkpoint written.
+        """
+        config, total = self.config, self.config.total_steps
+        if is_main():
+            save_config(config, folder)
+        with (
+            Telemetry(
+                folder,
+                total,
+                list(config.teachers),
+                interval=config.log.interval,
+                start_step=self.step,
+                quiet=not config.log.progress,
+                tensorboard=config.log.tensorboard,
+                enabled=is_main(),
+            ) as self.telemetry,
+            self._stop_on_signal(),
+        ):
+            batches = iter(
+                make_loader(
+                    self.stream,
+                    self.step * config.optimiser.accumulate,
+                    total * config.optimiser.accumulate,
+                    workers=config.data.workers,
+                    pin=self.device.type == "cuda",
+                )
+            )
+            while self.step < total and not self.stop_requested:
+                self._one_step(batches)
+                self.step += 1
+                last = self.step == total or self.stop_requested
+                if is_main() and (last or self.step % config.log.checkpoint_every == 0):
+                    save_checkpoint(self._state(), folder)
+            finished = self.step == total
+            if finished and total in eval_steps(config):
+                self._evaluate()
+        if is_main() and finished:
+            student = self.distiller.export()
+            save_student(student, folder / run_folder.STUDENT)
+            write_outcome(folder, config, self.distiller, self.teachers, self.held_out)
+        return finished
+
+    def _one_step(self, batches: Iterator[TrainBatch]) -> None:
+        config, step, telemetry = self.config, self.step, self.telemetry
+        micro_steps = config.optimiser.accumulate
+        self._enter(step)
+        rate = learning_rate(config, step)
+        set_learning_rate(self.optimiser, rate)
+        self.optimiser.zero_grad(set_to_none=True)
+        losses: dict[str, Tensor] = {}
+        images = tokens = 0
+        problem = ""
+        for micro in range(micro_steps):
+            with telemetry.phase("data"):
+                batch = next(batches)
+                self.skips.update(batch.skipped, batch.num_images, batch.bad)
+                batch = batch.to(self.device)
+            with telemetry.phase("teachers"):
+                targets = teacher_features(self.teachers, batch.groups, config.teachers)
+                bad = [name for name, ok in finite_teachers(targets).items() if not ok]
+            if not all_agree(not bad, self.device):
+                problem = f"features of {', '.join(bad) or 'a teacher'} are not finite"
+                continue
+            self._statistics(targets, first=micro == 0)
+            with telemetry.phase("student"):
+                _seed(config.seed, step * micro_steps + micro, self.rank)
+                output = self._forward(batch, targets, micro)
+                if not all_agree(bool(output.total.isfinite()), self.device):
+                    problem = "the loss is not finite"
+                    continue
+                (output.total / micro_steps).backward()
+            for name, loss in output.teachers.items():
+                losses[name] = losses.get(name, 0.0) + loss / micro_steps
+            images += batch.num_images * self.world
+            tokens += self.world * sum(
+                len(group.student) * self.distiller.student.config.tokens(*group.student.shape[-2:])
+                for group in batch.groups
+            )
+        with telemetry.phase("optimiser"):
+            parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
+            norm = nn.utils.clip_grad_norm_(parameters, config.optimiser.clip or math.inf)
+            if not problem and not norm.isfinite():
+                problem = "the gradient is not finite"
+            if not problem:
+                self.optimiser.step()
+                if self.ema is not None:
+                    self.ema.update_parameters(self.distiller.student)
+        if problem:
+            self._count_bad_step(problem)
+            return
+        self.bad_steps = 0
+        telemetry.step(
+            step,
+            losses,
+            images=images,
+            tokens=tokens,
+            lr=rate,
+            grad_norm=norm,
+            skipped=self.skips.total,
+        )
+
+    def _forward(self, batch: TrainBatch, targets: list, micro: int):
+        config = self.config
+        micro_step = self.step * config.optimiser.accumulate + micro
+        window = self.planner(micro_step).window
+        packed = PackedBatch.from_images([group.student for group in batch.groups])
+        average = average_shifts = None
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=config.optimiser.precision == "bf16"
+        ):
+            if config.distill.mesa_weight > 0:
+                views = [g.teachers.get(EMA_VIEW, g.student) for g in batch.groups]
+                average_shifts = [g.shifts.get(EMA_VIEW) for g in batch.groups]
+                with torch.no_grad():
+                    average = self.ema.module(PackedBatch.from_images(views), window=window)
+            return self._module(
+                packed,
+                targets,
+                [group.shifts for group in batch.groups],
+                window=window,
+                average=average,
+                average_shifts=average_shifts,
+            )
+
+    # What changes between steps.
+
+    def _enter(self, step: int) -> None:
+        """Stage changes and the thawing of the trunk, before a step."""
+        index, stage_step = self.config.stage_at(step)
+        stage = self.config.stages[index]
+        if stage_step == 0:
+            if index > 0 and stage.phi_s_steps:
+                self.distiller.start_fitting()
+            self.telemetry.event("stage", step=step, name=stage.name, index=index)
+        frozen = stage_step < stage.freeze_trunk_steps
+        if frozen != self._frozen:
+            self._frozen = frozen
+            for parameter in self.distiller.student.trunk_parameters():
+                parameter.requires_grad_(not frozen)
+            if self.world > 1:
+                # DDP fixes which parameters it reduces when it is built.
+                self._module = DistributedDataParallel(
+                    self.distiller,
+                    device_ids=[self.device] if self.device.type == "cuda" else None,
+                    broadcast_buffers=False,
+                    find_unused_parameters=False,
+                )
+        self.distiller.train()
+
+    def _statistics(self, targets: list, *, first: bool) -> None:
+        """Fit the teachers' statistics in the first steps of a stage; figures at the start."""
+        index, stage_step = self.config.stage_at(self.step)
+        fit_steps = self.config.stages[index].phi_s_steps
+        if stage_step < fit_steps:
+            self.distiller.observe(targets)
+            seen = stage_step + 1
+            settle = seen == fit_steps
+            # In the first stage nothing better is in use, so the early estimates are; they are
+            # refreshed at doubling intervals.
+            if first and (settle or (index == 0 and seen & (seen - 1) == 0)):
+                for layer in self.distiller.refresh(settle=settle):
+                    forget(self.optimiser, layer)
+        if first and self.step in eval_steps(self.config):
+            self._evaluate()
+
+    def _count_bad_step(self, problem: str) -> None:
+        self.bad_steps += 1
+        self.telemetry.event("skipped_step", step=self.step, reason=problem)
+        if self.bad_steps >= self.config.log.max_bad_steps:
+            raise UserError(
+                f"training stopped at step {self.step}: {problem}, {self.bad_steps} steps in a row "
+                "(setting log.max_bad_steps); lower stages.N.lr, or check the teacher and its dtype"
+            )
+
+    def _evaluate(self) -> None:
+        if is_main():
+            self.distiller.eval()
+            rows = self.held_out.rows(self.distiller, self.teachers, self.step)
+            for row in rows:
+                self.telemetry.event("held_out", step=self.step, **row)
+            self.distiller.train()
+
+    # Checkpoints.
+
+    def _state(self) -> dict:
+        return {
+            "format": 1,
+            "step": self.step,
+            "bad_steps": self.bad_steps,
+            "config": self.config.to_dict(),
+            "distiller": self.distiller.state_dict(),
+            "optimiser": self.optimiser.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+        }
+
+    def _restore(self, folder: Path) -> None:
+        state = load_checkpoint(folder, self.device)
+        run_folder.check_same_run(self.config, state["config"], folder)
+        self.distiller.load_state_dict(state["distiller"])
+        self.optimiser.load_state_dict(state["optimiser"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        self.step, self.bad_steps = state["step"], state["bad_steps"]
+
+    @contextmanager
+    def _stop_on_signal(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM ends the run after its step, with a checkpoint."""
+
+        def request(number: int, frame: object) -> None:
+            if self.stop_requested:
+                raise KeyboardInterrupt
+            self.stop_requested = True
+
+        old = {s: signal.signal(s, request) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+    def _check_widths(self) -> None:
+        for name, settings in self.config.teachers.items():
+            spec = self.teachers[name].spec
+            for setting, stated, found, weight in (
+                ("summary", settings.summary_width, spec.summary, settings.summary_weight),
+                ("spatial", settings.spatial_width, spec.spatial, settings.spatial_weight),
+            ):
+                if stated is not None and found is not None and stated != found:
+                    raise UserError(
+                        f"setting teachers.{name}.{setting}_width is {stated}, but "
+                        f"{settings.model} has {found}"
+                    )
+                if found is None and weight > 0:
+                    raise UserError(
+                        f"setting teachers.{name}.{setting}_weight is {weight:g}, but "
+                        f"{settings.model} has no {setting} features; set it to 0"
+                    )
+
+
+def _matching(settings: TeacherSettings, teacher: Teacher) -> Matching:
+    return Matching(
+        summary=teacher.spec.summary if settings.summary_weight > 0 else None,
+        spatial=teacher.spec.spatial if settings.spatial_weight > 0 else None,
+        summary_loss=settings.summary_loss,
+        spatial_loss=settings.spatial_loss,
+        summary_weight=settings.summary_weight,
+        spatial_weight=settings.spatial_weight,
+        normaliser=settings.normaliser,
+        resize=settings.resize,
+    )
+
+
+def _seed(seed: int, micro_step: int, rank: int) -> None:
+    """Seed every generator for one micro-step, so that no generator state need be saved."""
+    number = int(np.random.SeedSequence((seed, micro_step, rank)).generate_state(1, np.uint64)[0])
+    torch.manual_seed(number & (2**63 - 1))
+    random.seed(number)
+    np.random.seed(number & (2**32 - 1))

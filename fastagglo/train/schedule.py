@@ -1,0 +1,170 @@
+"""What each step does: its resolutions, teacher inputs and window, and its learning rate.
+
+All of it is a pure function of the configuration and the step, so a resumed run needs nothing but
+the step number to go on as if it had never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import numpy as np
+
+from fastagglo.data import GroupPlan, StepPlan
+from fastagglo.errors import UserError
+from fastagglo.teachers import TeacherSpec
+from fastagglo.train.config import EMA_VIEW, RunConfig
+
+
+class Planner:
+    """Maps a micro-step to the plan of its batch.
+
+    Micro-step ``i`` is number ``i % accumulate`` of optimiser step ``i // accumulate``; the draws
+    (resolutions, teacher sizes, window) are the same on all ranks and micro-steps of a step, so
+    that ranks do equal work.
+
+    Args:
+        config: the run.
+        specs: what each teacher accepts, by name.
+        patch_size: of the student, in pixels.
+        world: number of ranks the images of a step are divided over.
+
+    Raises:
+        UserError: a group's images cannot be divided over ranks and micro-steps; a resolution is
+            no multiple of the student's patch; a teacher does not accept a size.
+    """
+
+    def __init__(
+        self, config: RunConfig, specs: Mapping[str, TeacherSpec], patch_size: int, world: int = 1
+    ) -> None:
+        self.config = config
+        self.specs = dict(specs)
+        self.patch_size = patch_size
+        self.shares = world * config.optimiser.accumulate
+        for index, stage in enumerate(config.stages):
+            for number, group in enumerate(stage.groups):
+                here = f"stages.{index}.groups.{number}"
+                if group.images % self.shares:
+                    raise UserError(
+                        f"setting {here}.images is {group.images}: it must be a multiple of "
+                        f"{self.shares} (ranks x optimiser.accumulate)"
+                    )
+                for size in group.sizes:
+                    self._check_student_size(f"{here}.sizes", size)
+        for size in config.eval.sizes:
+            self._check_student_size("eval.sizes", size)
+        for size in {
+            *self.eval_sizes(),
+            *(s for st in config.stages for g in st.groups for s in g.sizes),
+        }:
+            for name in specs:
+                for choice in self._teacher_sizes(name, size):
+                    self._check_teacher_size(name, choice)
+
+    def __call__(self, micro_step: int) -> StepPlan:
+        config = self.config
+        step = micro_step // config.optimiser.accumulate
+        stage = config.stages[config.stage_at(step)[0]]
+        rng = np.random.default_rng((config.seed, step, 0x5EED))
+        sizes = [int(rng.choice(group.sizes)) for group in stage.groups]
+        draws = {name: rng.random() for name in self.specs}
+        groups = tuple(
+            self._group(size, group.images // self.shares, draws, config.distill.shift_std)
+            for size, group in zip(sizes, stage.groups, strict=True)
+        )
+        return StepPlan(groups=groups, window=self._window(sizes, rng))
+
+    def eval_sizes(self) -> tuple[int, ...]:
+        """Student resolutions of the held-out figures, ascending."""
+        if self.config.eval.sizes:
+            return tuple(sorted(set(self.config.eval.sizes)))
+        return tuple(sorted({s for st in self.config.stages for g in st.groups for s in g.sizes}))
+
+    def eval_group(self, size: int, count: int = 8) -> GroupPlan:
+        """Plan of held-out images at one resolution: no shift, each teacher's first size."""
+        return self._group(size, count, dict.fromkeys(self.specs, 0.0), shift_std=0.0)
+
+    def _group(
+        self, size: int, count: int, draws: Mapping[str, float], shift_std: float
+    ) -> GroupPlan:
+        views = {}
+        for name in self.specs:
+            choices = self._teacher_sizes(name, size)
+            views[name] = choices[int(draws[name] * len(choices))]
+        if self.config.distill.mesa_weight > 0 and shift_std > 0:
+            views[EMA_VIEW] = size
+        return GroupPlan(
+            size=size, count=count, teachers=views, shift_std=shift_std, patch_size=self.patch_size
+        )
+
+    def _teacher_sizes(self, name: str, student_size: int) -> tuple[int, ...]:
+        settings, spec = self.config.teachers[name], self.specs[name]
+        if settings.mosaic and spec.input_size:
+            # A tile with as many cells as the student has, if at least 2 x 2 fit the canvas.
+            tile = student_size // self.patch_size * spec.patch_size
+            if tile <= spec.input_size // 2:
+                return (tile,)
+        if settings.sizes:
+            return settings.sizes
+        if spec.input_size:
+            return (spec.input_size,)
+        wanted = student_size * settings.scale
+        return (max(1, round(wanted / spec.multiple)) * spec.multiple,)
+
+    def _window(self, sizes: list[int], rng: np.random.Generator) -> int | None:
+        student = self.config.student
+        drawn = rng.random() < student.window_probability
+        fitting = [w for w in student.windows if all(s // self.patch_size % w == 0 for s in sizes)]
+        return int(rng.choice(fitting)) if drawn and fitting else None
+
+    def _check_student_size(self, setting: str, size: int) -> None:
+        patch, limit = self.patch_size, self.config.student.max_resolution
+        if size % patch or size < patch:
+            below = max(patch, size // patch * patch)
+            raise UserError(
+                f"setting {setting} has {size}: the student's patch of {patch} pixels does not "
+                f"divide it; {below} and {below + patch} would do"
+            )
+        if size > limit:
+            raise UserError(
+                f"setting {setting} has {size}: the position table ends at {limit} pixels; raise "
+                "student.max_resolution"
+            )
+
+    def _check_teacher_size(self, name: str, size: int) -> None:
+        spec, settings = self.specs[name], self.config.teachers[name]
+        # A mosaic tile is made of whole cells, and its canvas is what the teacher sees.
+        mosaic = settings.mosaic and spec.input_size is not None and size < spec.input_size
+        if spec.input_size and size != spec.input_size and not mosaic:
+            raise UserError(
+                f"setting teachers.{name}.sizes has {size}: {settings.model} takes "
+                f"{spec.input_size} pixels only"
+            )
+        if not mosaic and size % spec.multiple:
+            raise UserError(
+                f"setting teachers.{name}.sizes has {size}: {settings.model} takes multiples of "
+                f"{spec.multiple} pixels"
+            )
+
+
+def learning_rate(config: RunConfig, step: int) -> float:
+    """Learning rate of a step: in each stage a linear warm-up, then half a cosine."""
+    index, step = config.stage_at(step)
+    stage = config.stages[index]
+    if step < stage.warmup_steps:
+        return stage.lr * (step + 1) / stage.warmup_steps
+    span = max(1, stage.steps - stage.warmup_steps)
+    progress = min(1.0, (step - stage.warmup_steps) / span)
+    ratio = stage.final_lr_ratio
+    return stage.lr * (ratio + (1 - ratio) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def eval_steps(config: RunConfig) -> list[int]:
+    """Steps before which the held-out figures are taken; the last is the end of the run."""
+    points, total = config.eval.points, config.total_steps
+    if points == 0:
+        return []
+    if points == 1:
+        return [total]
+    return sorted({round(total * i / (points - 1)) for i in range(points)})

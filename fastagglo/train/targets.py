@@ -1,0 +1,84 @@
+"""Teacher features for a batch of mixed resolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastagglo.data import GroupViews
+from fastagglo.distill import assemble, mosaic_plan, split
+from fastagglo.features import Features
+from fastagglo.teachers import Teacher, load_teacher
+from fastagglo.train.config import RunConfig, TeacherSettings
+
+
+def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]:
+    """Build every teacher of a run, in the recipe's order."""
+    teachers = {}
+    for name, settings in config.teachers.items():
+        teachers[name] = load_teacher(
+            settings.source,
+            settings.model,
+            name=name,
+            checkpoint=settings.checkpoint,
+            layer=settings.layer,
+            dtype=getattr(torch, settings.dtype),
+            device=device,
+        )
+    return teachers
+
+
+def teacher_features(
+    teachers: Mapping[str, Teacher],
+    groups: Sequence[GroupViews],
+    settings: Mapping[str, TeacherSettings],
+) -> list[dict[str, Features]]:
+    """Each teacher's features of each image group.
+
+    Groups that a teacher sees at the same size go through it in one call; a mosaic teacher sees
+    groups of small images as tiles of its own input size, and then has spatial features only.
+    """
+    found: list[dict[str, Features]] = [{} for _ in groups]
+    for name, teacher in teachers.items():
+        by_size: dict[int, list[int]] = {}
+        for index, group in enumerate(groups):
+            by_size.setdefault(group.teachers[name].shape[-1], []).append(index)
+        for size, members in by_size.items():
+            views = [groups[index].teachers[name] for index in members]
+            images = torch.cat(views) if len(views) > 1 else views[0]
+            canvas = teacher.spec.input_size
+            if settings[name].mosaic and canvas is not None and size < canvas:
+                features = _through_mosaic(teacher, images, canvas)
+            else:
+                features = teacher(images)
+            counts = [len(view) for view in views]
+            summaries = _split(features.summary, counts)
+            spatials = _split(features.spatial, counts)
+            for index, summary, spatial in zip(members, summaries, spatials, strict=True):
+                found[index][name] = Features(summary, spatial)
+    return found
+
+
+def finite_teachers(targets: Sequence[Mapping[str, Features]]) -> dict[str, Tensor]:
+    """For each teacher a 0-d bool tensor: are all its features of this batch finite?"""
+    finite: dict[str, Tensor] = {}
+    for group in targets:
+        for name, features in group.items():
+            for value in (features.summary, features.spatial):
+                if value is not None:
+                    # A sum is finite unless a term is not (or fp32 overflows, as bad a target).
+                    ok = value.sum(dtype=torch.float32).isfinite()
+                    finite[name] = finite[name] & ok if name in finite else ok
+    return finite
+
+
+def _through_mosaic(teacher: Teacher, images: Tensor, canvas: int) -> Features:
+    plan = mosaic_plan(images.shape[-1], canvas, teacher.spec.patch_size)
+    features = teacher(assemble(images, plan))
+    return Features(None, split(features.spatial, plan, len(images)))
+
+
+def _split(value: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:
+    return [None] * len(counts) if value is None else value.split(counts)

@@ -1,0 +1,54 @@
+"""Train one vision student from several frozen teachers at many resolutions at once.
+
+    python train.py                                # the demo: minutes on a CPU
+    python train.py --help                         # every setting, with its value in the recipe
+    python train.py --recipe radio-v2.5-b          # a recipe by name or a TOML file
+    python train.py --data.images path/to/photos   # any setting of the recipe, from the shell
+    python train.py --resume runs/demo             # go on with an interrupted run
+    torchrun --nproc-per-node 8 train.py --recipe radio-v2.5-b    # one process per GPU
+
+The road from here: `fastagglo.train.recipe` reads the configuration, `fastagglo.train.loop.Trainer`
+builds student, teachers and data and runs the steps, `fastagglo.distill.Distiller` computes the
+loss of a step, `fastagglo.train.evaluation` writes the held-out figures and the report.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fastagglo.errors import UserError
+from fastagglo.train import Trainer, choose_device, parse_arguments, process_group, run_folder
+from fastagglo.train.distributed import is_main
+
+
+def main(arguments: list[str]) -> int:
+    """Run one training; the exit status is 0 unless the user has something to mend."""
+    config = parse_arguments(arguments)
+    device = choose_device(config.device)
+    with process_group(device):
+        resume = Path(config.resume) if config.resume else None
+        trainer = Trainer(config, device, resume)
+        folder = resume or run_folder.claim(config)
+        if trainer.step == config.total_steps:
+            say(f"run {folder} is finished ({trainer.step} steps): see {folder / 'report.html'}")
+            return 0
+        if trainer.run(folder):
+            say(f"finished: see {folder / 'report.html'}; the student is in {folder / 'student'}")
+        else:
+            say(f"stopped at step {trainer.step}: go on with python train.py --resume {folder}")
+    return 0
+
+
+def say(text: str) -> None:
+    """Print once, whatever the number of processes."""
+    if is_main():
+        print(text, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
