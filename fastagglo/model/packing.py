@@ -1,0 +1,283 @@
+"""A batch of mixed resolutions, and where its tokens lie in one packed matrix.
+
+The student never loops over images or pads: a batch is one (T, C) matrix, each image a run of
+``[CLS..., registers..., patches row by row]`` rows, images in batch order (NaViT's packing,
+arXiv 2307.06304, without its padding). All index arithmetic is done once per mix of sizes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastagglo.ops.heads import shape_of
+from fastagglo.ops.layout import PackedLayout
+
+__all__ = ["Geometry", "PackedBatch", "geometry", "patchify", "reorder"]
+
+# RGB statistics of CLIP's training images (arXiv 2103.00020), which RADIO students use.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# Float images may overshoot [0, 1] by this much: rounding of half precision and of resizes.
+RANGE_SLACK = 1e-3
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """Images of any mix of resolutions and aspect ratios; make one with :meth:`from_images`.
+
+    Attributes:
+        groups: (N_i, 3, H_i, W_i) RGB images, uint8 in 0..255 or float in [0, 1].
+    """
+
+    groups: tuple[Tensor, ...]
+
+    @classmethod
+    def from_images(cls, images: Sequence[Tensor]) -> PackedBatch:
+        """A batch from groups of images of equal size.
+
+        Args:
+            images: (N_i, 3, H_i, W_i) tensors, RGB, uint8 in 0..255 or floating point in [0, 1],
+                all on one device. The same size may come in several groups; N_i may be 0. The
+                student normalises, so do not. The range of floats is checked on the CPU only: on
+                a GPU the check would wait for the device.
+
+        Raises:
+            TypeError: not a sequence of uint8 or floating-point tensors.
+            ValueError: no group, a wrong shape, mixed devices, or floats outside [0, 1].
+        """
+        if isinstance(images, Tensor):
+            raise TypeError(
+                "PackedBatch.from_images: expected a list of (N, 3, H, W) tensors, got one tensor "
+                f"{shape_of(images)}; wrap it in a list"
+            )
+        groups = tuple(images)
+        if not groups:
+            raise ValueError("PackedBatch.from_images: expected at least one group, got none")
+        for i, group in enumerate(groups):
+            _check_group(f"images[{i}]", group)
+            if group.device != groups[0].device:
+                raise ValueError(
+                    f"PackedBatch.from_images: all groups must be on one device, got images[0] on "
+                    f"{groups[0].device} and images[{i}] on {group.device}"
+                )
+        return cls(groups)
+
+    @property
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """(H, W) in pixels of each group."""
+        return tuple((g.shape[2], g.shape[3]) for g in self.groups)
+
+    @property
+    def num_images(self) -> int:
+        """Images in all groups."""
+        return sum(g.shape[0] for g in self.groups)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that all groups are on."""
+        return self.groups[0].device
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
+        """The batch on another device; ``non_blocking`` needs pinned memory to be of use."""
+        return PackedBatch(tuple(g.to(device, non_blocking=non_blocking) for g in self.groups))
+
+    def pin_memory(self) -> PackedBatch:
+        """The batch in page-locked memory; itself where there is no CUDA device to copy to."""
+        if not torch.cuda.is_available():
+            return self
+        return PackedBatch(tuple(g.pin_memory() for g in self.groups))
+
+
+def _check_group(name: str, group: object) -> None:
+    if not isinstance(group, Tensor):
+        raise TypeError(f"{name} must be a tensor (N, 3, H, W), got {type(group).__name__}")
+    if group.dtype != torch.uint8 and not group.is_floating_point():
+        raise TypeError(f"{name} must be uint8 or floating point, got {group.dtype}")
+    if group.dim() != 4 or group.shape[1] != 3 or 0 in group.shape[2:]:
+        hint = "; add the batch dimension with x[None]" if group.dim() == 3 else ""
+        raise ValueError(f"{name} must be (N, 3, H, W), got {shape_of(group)}{hint}")
+    checked = group.is_floating_point() and group.device.type == "cpu" and group.numel() > 0
+    if checked and not torch.compiler.is_compiling():
+        low, high = (v.item() for v in torch.aminmax(group.detach()))
+        # Written so that a NaN fails too.
+        if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+            raise ValueError(
+                f"{name} must lie in [0, 1], got values from {low:.4g} to {high:.4g}; pass images "
+                "that are not normalised (x / 255, or uint8), the student normalises them"
+            )
+
+
+def patchify(groups: Sequence[Tensor], patch_size: int) -> Tensor:
+    """All groups' patches, normalised: (sum of N_i h_i w_i, 3 * patch_size**2).
+
+    Channels run over colour, row, column, as in a flattened convolution weight. The result is at
+    least fp32. Pixels are rearranged as they come, so uint8 images move a byte a pixel.
+    """
+    p = patch_size
+    patches = [
+        g.unflatten(3, (-1, p))
+        .unflatten(2, (-1, p))
+        .permute(0, 2, 4, 1, 3, 5)
+        .reshape(-1, 3, p * p)
+        for g in groups
+    ]
+    if any(x.is_floating_point() for x in patches):
+        patches = [_unit(x) for x in patches]
+    mean, std = _pixel_statistics(groups[0].device)
+    x = _unit(torch.cat(patches))
+    return ((x - mean.to(x.dtype)) / std.to(x.dtype)).flatten(1)
+
+
+def _unit(x: Tensor) -> Tensor:
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return wide if x.is_floating_point() else wide / 255
+
+
+@torch.compiler.disable
+@functools.lru_cache(maxsize=16)
+def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):
+        values = torch.tensor([PIXEL_MEAN, PIXEL_STD], dtype=torch.float64, device="cpu")
+        mean, std = values[:, :, None].to(device)
+        return mean, std
+
+
+class _Reorder(torch.autograd.Function):
+    """Rows by a permutation. Its gradient is a gather too; index_select's is a scatter-add."""
+
+    @staticmethod
+    def forward(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+        return x.index_select(0, index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        index, inverse = ctx.saved_tensors
+        return _Reorder.apply(grad, inverse, index), None, None
+
+
+def reorder(x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
+    """``x[index]`` for a permutation of the rows and its inverse."""
+    return _Reorder.apply(x, index, inverse)
+
+
+@dataclass(frozen=True)
+class Windows:
+    """The order of rows for windowed layers: all prefix rows, then patches window by window."""
+
+    enter: Tensor  # (T,) packed row of each row in window order
+    leave: Tensor  # (T,) its inverse
+    layout: PackedLayout  # over the patch rows alone, a segment per window
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Where every token of one mix of sizes lies.
+
+    Rows exist in two orders: apart (all images' prefix tokens, then all patches) and packed
+    (image by image). Indices are int64 on the batch's device.
+
+    Attributes:
+        grids: (images, h, w) of each group, in patches.
+        prefix_rows: number of prefix rows, images * prefix tokens.
+        layout: of the packed order, a segment per image.
+        patch_layout: of the patches alone, a segment per image.
+        pack: (T,) row in the order apart of each packed row.
+        unpack: (T,) its inverse.
+        image_ids: (patches,) the image of each patch; the same in window order.
+        unit: (patches, 2) row and column over ``max(h, w) - 1``, fp32.
+        windows: the windowed order, or None.
+    """
+
+    grids: tuple[tuple[int, int, int], ...]
+    prefix_rows: int
+    layout: PackedLayout
+    patch_layout: PackedLayout
+    pack: Tensor
+    unpack: Tensor
+    image_ids: Tensor
+    unit: Tensor
+    windows: Windows | None = field(default=None)
+
+
+@torch.compiler.disable
+@functools.lru_cache(maxsize=64)
+def geometry(
+    grids: tuple[tuple[int, int, int], ...], prefix: int, window: int | None, device: torch.device
+) -> Geometry:
+    """The geometry of one mix, cached for the 64 latest.
+
+    Args:
+        grids: (images, h, w) of each group, in patches.
+        prefix: CLS and register tokens per image.
+        window: patches per side of a window, which divides every h and w, or None.
+        device: where the indices go.
+    """
+    # Cached tensors must not be inference tensors: a later training step saves them for backward.
+    with torch.inference_mode(False):
+        cpu = torch.device("cpu")
+        counts = [h * w for n, h, w in grids for _ in range(n)]
+        per_image = torch.tensor(counts, dtype=torch.int64, device=cpu)
+        images = len(counts)
+        start = torch.arange(images, device=cpu) * prefix + per_image.cumsum(0) - per_image
+        prefix_at = (start[:, None] + torch.arange(prefix, device=cpu)).flatten()
+        image_ids = torch.arange(images, device=cpu).repeat_interleave(per_image)
+        # Patch j of the batch lies behind the prefix tokens of images 0 .. its own.
+        patch_at = torch.arange(len(image_ids), device=cpu) + (image_ids + 1) * prefix
+        unpack = torch.cat([prefix_at, patch_at])
+        windows = None
+        if window is not None:
+            enter = torch.cat([prefix_at, patch_at[_window_order(grids, window)]])
+            sizes = torch.full((len(image_ids) // window**2,), window**2, device=cpu)
+            windows = Windows(
+                enter.to(device),
+                _inverse(enter).to(device),
+                PackedLayout.from_lengths(sizes, device=device),
+            )
+        return Geometry(
+            grids,
+            images * prefix,
+            PackedLayout.from_lengths(per_image + prefix, device=device),
+            PackedLayout.from_lengths(per_image, device=device),
+            _inverse(unpack).to(device),
+            unpack.to(device),
+            image_ids.to(device),
+            _unit_coordinates(grids).to(device),
+            windows,
+        )
+
+
+def _window_order(grids: tuple[tuple[int, int, int], ...], window: int) -> Tensor:
+    """For each patch in window order, its row among the batch's patches."""
+    orders, offset = [torch.empty(0, dtype=torch.int64, device="cpu")], 0
+    for n, h, w in grids:
+        rows = torch.arange(offset, offset + n * h * w, device="cpu")
+        rows = rows.view(n, h // window, window, w // window, window)
+        orders.append(rows.transpose(2, 3).flatten())
+        offset += n * h * w
+    return torch.cat(orders)
+
+
+def _unit_coordinates(grids: tuple[tuple[int, int, int], ...]) -> Tensor:
+    parts = []
+    for n, h, w in grids:
+        along = torch.arange(max(h, w), dtype=torch.float32, device="cpu") / max(h - 1, w - 1, 1)
+        yx = torch.stack(torch.meshgrid(along[:h], along[:w], indexing="ij"), dim=-1)
+        parts.append(yx.reshape(-1, 2).repeat(n, 1))
+    return torch.cat(parts)
+
+
+def _inverse(permutation: Tensor) -> Tensor:
+    inverse = torch.empty_like(permutation)
+    inverse[permutation] = torch.arange(len(permutation), device=permutation.device)
+    return inverse
