@@ -1,0 +1,102 @@
+"""Which implementation an op runs: by device, ``with`` block or environment."""
+
+from __future__ import annotations
+
+import os
+from contextvars import ContextVar, Token
+from types import TracebackType
+
+import torch
+
+from fastagglo.errors import UserError
+
+ENVIRONMENT_VARIABLE = "FASTAGGLO_BACKEND"
+
+# Every backend that some op has, and the device type that it runs on (None: any device).
+_DEVICE_OF = {"torch": None, "triton": "cuda", "xformers": "cuda"}
+_NAMES = ", ".join(map(repr, _DEVICE_OF))
+
+# A context variable and not a global: another thread, a data-loading one say, keeps its own choice.
+_chosen: ContextVar[str | None] = ContextVar("fastagglo_backend", default=None)
+
+
+class use_backend:
+    """Make the ops called inside a ``with`` block run one backend.
+
+    Blocks nest, the innermost one counts, and the choice belongs to the thread that made it. An op
+    remembers the backend of its forward for its backward. Two cases need care: activation
+    checkpointing repeats a forward during the backward, on a thread of its own for CUDA, so choose
+    with the environment variable ``FASTAGGLO_BACKEND`` there, which the whole process sees; and
+    ``torch.compile`` wants the block outside the compiled function, which it then compiles once for
+    each backend.
+
+    Args:
+        name: ``"torch"`` (all ops, all devices), ``"triton"`` (CUDA) or ``"xformers"`` (attention
+            alone, CUDA). An op that lacks the backend, or cannot run it on the tensors' device,
+            raises ``ValueError`` when called: a backend asked for by name is never replaced.
+
+    Raises:
+        TypeError: ``name`` is not a string.
+        ValueError: ``name`` is no backend.
+    """
+
+    def __init__(self, name: str) -> None:
+        if not isinstance(name, str):
+            raise TypeError(f"use_backend takes a string, one of {_NAMES}; got {name!r}")
+        if name not in _DEVICE_OF:
+            raise ValueError(f"there is no backend {name!r}: use one of {_NAMES}")
+        self.name = name
+        self._tokens: list[Token[str | None]] = []
+
+    def __enter__(self) -> None:
+        self._tokens.append(_chosen.set(self.name))
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _chosen.reset(self._tokens.pop())
+
+
+def resolve(op: str, device: torch.device, available: tuple[str, ...]) -> str:
+    """The backend that ``op`` runs on tensors of ``device``.
+
+    An enclosing ``use_backend`` decides; without one the environment variable
+    ``FASTAGGLO_BACKEND``; without that (or with an empty one) the device: ``"triton"`` on CUDA for
+    the ops that have it, else ``"torch"``. A compiled graph keeps the variable's value of its
+    first call.
+
+    Args:
+        op: the op's public name, for errors.
+        device: where its tensors live.
+        available: the backends that the op has; ``"torch"`` is always one of them.
+
+    Raises:
+        ValueError: the backend asked for is not one of ``available`` or does not run on ``device``.
+        UserError: the environment variable names no backend.
+    """
+    name = _chosen.get()
+    asked_by = f"use_backend({name!r})"
+    if name is None:
+        name = os.environ.get(ENVIRONMENT_VARIABLE, "")
+        asked_by = f"{ENVIRONMENT_VARIABLE}={name}"
+        if not name:
+            return "triton" if device.type == "cuda" and "triton" in available else "torch"
+        if name not in _DEVICE_OF:
+            raise UserError(
+                f"{asked_by}: there is no such backend; set one of {_NAMES} or unset it"
+            )
+    if name not in available:
+        raise ValueError(
+            f"{op} has no backend {name!r}, asked for by {asked_by}: it has "
+            f"{', '.join(map(repr, available))}"
+        )
+    needed = _DEVICE_OF[name]
+    if needed is not None and device.type != needed:
+        raise ValueError(
+            f"{op}: the backend {name!r}, asked for by {asked_by}, runs on {needed} tensors, got "
+            f"tensors on {device}; move them or use the backend 'torch'"
+        )
+    return name

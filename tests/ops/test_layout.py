@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastagglo.errors import UserError
+from fastagglo.ops.layout import PackedLayout
+
+
+@given(st.lists(st.integers(0, 9), max_size=8), st.integers(0, 5))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_against_a_loop(lengths, spare):
+    layout = PackedLayout.from_lengths(lengths, sum(lengths) + spare)
+    ids = [i for i, length in enumerate(lengths) for _ in range(length)] + [-1] * spare
+    assert layout.segment_ids.tolist() == ids
+    assert layout.segment_ids.dtype == torch.int32
+    assert layout.lengths == tuple(lengths)
+    assert layout.total == sum(lengths)
+    assert layout.capacity == sum(lengths) + spare
+    assert layout.num_segments == len(lengths)
+    assert layout.max_length == max(lengths, default=0)
+    boundaries = [sum(lengths[:i]) for i in range(len(lengths) + 1)]
+    for tensor in (layout.cu_seqlens, layout.cu_seqlens_cpu):
+        assert tensor.tolist() == boundaries
+        assert tensor.dtype == torch.int32
+    again = PackedLayout.from_cu_seqlens(layout.cu_seqlens, layout.capacity)
+    assert (again.lengths, again.capacity) == (layout.lengths, layout.capacity)
+
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        (3, 4),
+        iter([3, 4]),
+        [np.int32(3), torch.tensor(4)],
+        np.array([3, 4], dtype=np.uint8),
+        torch.tensor([3, 4]),
+        torch.tensor([0, 3, 0, 4], dtype=torch.int16)[1::2],
+    ],
+    ids=["tuple", "iterator", "scalars", "array", "tensor", "strided"],
+)
+def test_kinds_of_integers(lengths):
+    layout = PackedLayout.from_lengths(lengths, np.int64(9))
+    assert layout.lengths == (3, 4)
+    assert type(layout.capacity) is int
+    assert all(type(length) is int for length in layout.lengths)
+
+
+def test_frozen_and_not_tied_to_its_input():
+    lengths = torch.tensor([3, 4])
+    layout = PackedLayout.from_lengths(lengths)
+    lengths[0] = 9
+    assert layout.lengths == (3, 4)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layout.capacity = 12
+    for clone in (copy.deepcopy(layout), pickle.loads(pickle.dumps(layout))):
+        assert (clone.lengths, clone.capacity) == ((3, 4), 7)
+    assert repr(layout) == "PackedLayout(2 segments [3, 4], 7 of 7 rows, device='cpu')"
+
+
+def test_devices():
+    layout = PackedLayout.from_lengths([3, 4], 8)
+    assert layout.to("cpu") is layout
+    assert layout.segment_ids is layout.segment_ids
+    moved = layout.to("meta")
+    assert moved.device.type == moved.segment_ids.device.type == "meta"
+    assert moved.cu_seqlens_cpu.device.type == "cpu"
+    assert moved.lengths == (3, 4)
+    assert moved.to("cpu").cu_seqlens.tolist() == [0, 3, 7]
+    assert PackedLayout.from_lengths([1], device="meta").device.type == "meta"
+    with torch.device("meta"):
+        assert PackedLayout.from_lengths([1]).device.type == "meta"
+        assert PackedLayout.from_lengths([1], device="cpu").device.type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (([3, -1],), ValueError, r"negative, got -1 at position 1"),
+        (([3, 4], 6), ValueError, r"capacity must hold all segments: 7 rows, got capacity 6"),
+        (([3], -1), ValueError, r"got capacity -1"),
+        (([3], 2.5), TypeError, r"capacity must be an integer, got 2.5"),
+        (([3, 4.0],), TypeError, r"lengths\[1\] must be an integer, got 4.0"),
+        (([True],), TypeError, r"lengths\[0\] must be an integer, got True"),
+        ((7,), TypeError, r"sequence of integers, got 7"),
+        (("34",), TypeError, r"sequence of integers, got '34'"),
+        ((torch.ones(2),), TypeError, r"1-D and of an integer dtype.*float32"),
+        ((torch.ones(2, dtype=torch.bool),), TypeError, r"integer dtype.*bool"),
+        ((torch.ones(2, 1, dtype=torch.int32),), TypeError, r"1-D.*\(2, 1\)"),
+        ((torch.tensor(3),), TypeError, r"1-D.*\(\)"),
+        (([2**31],), ValueError, r"fit int32 \(at most 2147483647\), got 2147483648"),
+        (([2**70],), ValueError, r"fit int32"),
+        (([2**30, 2**30],), ValueError, r"at most 2147483647 rows \(int32\), got 2147483648"),
+        (([3], 2**31), ValueError, r"at most 2147483647 rows"),
+    ],
+)
+def test_from_lengths_rejects(arguments, error, match):
+    with pytest.raises(error, match=match):
+        PackedLayout.from_lengths(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (([],), ValueError, r"start with 0, got no boundaries"),
+        (([1, 3],), ValueError, r"start with 0, got 1"),
+        (([0, 4, 3],), ValueError, r"not decrease, got 4 then 3 at position 2"),
+        (([0, 4], 3), ValueError, r"4 rows, got capacity 3"),
+        (([0, 2**31],), ValueError, r"at most 2147483647 rows"),
+        ((torch.zeros(2),), TypeError, r"cu_seqlens must be 1-D and of an integer dtype"),
+    ],
+)
+def test_from_cu_seqlens_rejects(arguments, error, match):
+    with pytest.raises(error, match=match):
+        PackedLayout.from_cu_seqlens(*arguments)
+
+
+def test_largest_layout_needs_no_rows_in_memory():
+    layout = PackedLayout.from_lengths([2**30, 2**30 - 1])
+    assert layout.total == 2**31 - 1
+
+
+def test_xformers_masks():
+    pytest.importorskip("xformers")
+    layout = PackedLayout.from_lengths([3, 0, 4], 9)
+    mask = layout.to_xformers()
+    allowed = mask.materialize((7, 7)) == 0
+    ids = layout.segment_ids[:7]
+    assert torch.equal(allowed, ids[:, None] == ids)
+    back = PackedLayout.from_xformers(mask, capacity=9)
+    assert (back.lengths, back.capacity) == ((3, 4), 9)
+    with pytest.raises(ValueError, match="without any"):
+        PackedLayout.from_lengths([0]).to_xformers()
+
+
+def test_xformers_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", None)
+    with pytest.raises(UserError, match=r'pip install "fastagglo\[xformers\]"'):
+        PackedLayout.from_lengths([3]).to_xformers()
