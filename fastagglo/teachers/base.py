@@ -1,0 +1,225 @@
+"""What a frozen teacher is: one interface over every library that teachers come from."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fastagglo.errors import UserError
+from fastagglo.features import Features
+
+DTYPES = {
+    "fp32": torch.float32,
+    "float32": torch.float32,
+    "bf16": torch.bfloat16,
+    "bfloat16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float16": torch.float16,
+}
+
+
+class TeacherSettingError(UserError, ValueError):
+    """A setting of a teacher has a value that this teacher cannot have.
+
+    It is a ``ValueError`` for a caller in Python and a ``UserError`` for a run configured by a
+    file, where ``train.py`` prints it in one line.
+    """
+
+
+@dataclass(frozen=True)
+class TeacherSpec:
+    """What a teacher takes and gives.
+
+    Attributes:
+        name: the teacher's name in the configuration, the key of its adaptor heads.
+        input_size: the only (square) input size in pixels, or None: any multiple of ``multiple``.
+        multiple: height and width must be multiples of it, in pixels.
+        patch_size: input pixels per cell of the spatial map.
+        mean: per-channel mean that the teacher subtracts from RGB in [0, 1].
+        std: per-channel divisor after that.
+        summary: channels of the summary vector, or None where the teacher has none.
+        spatial: channels of the spatial map, or None where the teacher has none.
+    """
+
+    name: str
+    input_size: int | None
+    multiple: int
+    patch_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    summary: int | None
+    spatial: int | None
+
+    @property
+    def accepts(self) -> str:
+        """The accepted input sizes in words, for messages."""
+        if self.input_size is not None:
+            return f"{self.input_size} x {self.input_size} pixels"
+        return f"height and width in multiples of {self.multiple} pixels"
+
+    def grid(self, size: int | tuple[int, int]) -> tuple[int, int]:
+        """Shape ``(h, w)`` of the spatial map of an image of ``size`` pixels.
+
+        Args:
+            size: the side of a square image, or ``(height, width)``.
+
+        Raises:
+            ValueError: the teacher does not accept this size; the message says which it does.
+        """
+        height, width = (size, size) if isinstance(size, int) else size
+        fits = (
+            height == width == self.input_size
+            if self.input_size is not None
+            else height > 0
+            and width > 0
+            and height % self.multiple == 0
+            and width % self.multiple == 0
+        )
+        if not fits:
+            raise ValueError(
+                f"teacher {self.name!r} accepts {self.accepts}; got {height} x {width}"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+
+class Teacher(nn.Module):
+    """A frozen model that gives the targets of distillation.
+
+    It always runs in evaluation mode, without gradients, in its own dtype whatever autocast is
+    active around it; normalisation happens inside.
+
+    Args:
+        spec: what it takes and gives.
+        tower: maps normalised images ``(N, 3, H, W)`` of ``dtype`` to ``(summary, spatial)``:
+            ``(N, C)`` or None and ``(N, h, w, C)`` or None.
+        dtype: the dtype of the tower's weights and of its input.
+    """
+
+    def __init__(
+        self, spec: TeacherSpec, tower: nn.Module, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.dtype = dtype
+        self.tower = tower.to(dtype).requires_grad_(False)
+        # Not in the state dict: the specification holds them, and weights alone are saved.
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+        self.eval()
+
+    @property
+    def name(self) -> str:
+        return self.spec.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Stays in evaluation mode, so that ``model.train()`` around it cannot thaw it."""
+        return super().train(False)
+
+    @torch.no_grad()  # not inference_mode: a loss must be able to save the targets for backward
+    def forward(self, images: Tensor) -> Features:
+        """Features of a batch.
+
+        Args:
+            images: ``(N, 3, H, W)`` RGB on the teacher's device, either floating in [0, 1] or
+                uint8 in 0 .. 255; any strides; ``N`` may be 0.
+
+        Returns:
+            Features in float32: summary ``(N, spec.summary)`` and spatial
+            ``(N, h, w, spec.spatial)`` with ``(h, w) = spec.grid((H, W))``, each None where the
+            specification says None.
+
+        Raises:
+            TypeError: not a tensor, or neither floating nor uint8.
+            ValueError: wrong shape, size or device; the message says which sizes are accepted.
+        """
+        spec = self.spec
+        grid = self._check(images)
+        count = images.shape[0]
+        if count == 0:
+            return Features(
+                None if spec.summary is None else self.mean.new_zeros(0, spec.summary),
+                None if spec.spatial is None else self.mean.new_zeros(0, *grid, spec.spatial),
+            )
+        x = images.to(torch.float32)
+        if images.dtype == torch.uint8:
+            x = x / 255
+        x = (x - self.mean) / self.std
+        with torch.autocast(x.device.type, enabled=False):
+            summary, spatial = self.tower(x.to(self.dtype))
+        return Features(
+            None if spec.summary is None else summary.float(),
+            None if spec.spatial is None else spatial.float().contiguous(),
+        )
+
+    def _check(self, images: Tensor) -> tuple[int, int]:
+        if not isinstance(images, Tensor):
+            raise TypeError(f"images: expected a tensor (N, 3, H, W), got {type(images).__name__}")
+        if images.dtype != torch.uint8 and not images.is_floating_point():
+            raise TypeError(
+                f"images: expected floating in [0, 1] or uint8, got {images.dtype}; convert first"
+            )
+        if images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(
+                f"images: expected (N, 3, H, W) in RGB, got shape {tuple(images.shape)}"
+            )
+        if images.device != self.device:
+            raise ValueError(
+                f"images: on {images.device}, but teacher {self.name!r} is on {self.device}; "
+                f"move one of them"
+            )
+        return self.spec.grid((images.shape[2], images.shape[3]))
+
+    def extra_repr(self) -> str:
+        return f"{self.spec}, dtype={self.dtype}"
+
+
+def weights_hash(teacher: Teacher) -> str:
+    """SHA-256 (hex) of a teacher's name-ordered weights: a key for what depends on them.
+
+    Equal for the same weights in the same dtype, on any device. Costs one pass over the weights.
+    """
+    digest = hashlib.sha256()
+    for key, value in sorted(teacher.state_dict().items()):
+        digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def as_grid(tokens: Tensor, images: Tensor, patch_size: int) -> Tensor:
+    """Patch tokens ``(N, h * w, C)`` of ``images (N, 3, H, W)`` as ``(N, h, w, C)``."""
+    return tokens.unflatten(1, (images.shape[2] // patch_size, images.shape[3] // patch_size))
+
+
+def fixed_size(
+    name: str, asked: int | None, native: int | None, multiple: int, usual: int | None = None
+) -> int | None:
+    """The fixed input size of a teacher that the user may pin with ``input_size``.
+
+    Args:
+        name: of the teacher, for the message.
+        asked: the user's ``input_size``, or None.
+        native: the only size that the model takes, or None if it takes any multiple.
+        multiple: in pixels.
+        usual: a size that it takes besides, multiple or not: the one that it was trained at.
+
+    Raises:
+        TeacherSettingError: the model cannot take the size that was asked for.
+    """
+    if asked is None or asked == usual:
+        return native if asked is None else asked
+    if native is not None and asked != native:
+        raise TeacherSettingError(
+            f"teacher {name!r}: input_size={asked}, but it takes {native} only"
+        )
+    if native is None and (asked <= 0 or asked % multiple):
+        raise TeacherSettingError(
+            f"teacher {name!r}: input_size={asked} is not a positive multiple of {multiple}"
+        )
+    return asked
