@@ -32,7 +32,8 @@ class StudentConfig:
             ``max_resolution // patch_size`` rows and columns.
         window: patches per side of a ViTDet window (arXiv 2203.16527), or None: all layers global.
         global_layers: with windows, how many layers stay global, or exactly which. A number n
-            means the layers i with ``i % p == p - 1``, p = depth // n, and always the last.
+            means the layers i with ``i % p == p - 1``, p = depth // n, and always the last; all
+            layers if n is more than half of them.
         norm_eps: epsilon of the trunk's LayerNorms.
         heads: a :class:`~fastagglo.ops.heads.HeadSpec` per teacher name, in the order of the CLS
             slots. Empty: a plain backbone with one CLS token.
@@ -109,7 +110,7 @@ class StudentConfig:
         """The layers that attend globally when windows are on."""
         if not isinstance(self.global_layers, int):
             return frozenset(self.global_layers)
-        period = self.depth // self.global_layers
+        period = max(self.depth // self.global_layers, 1)
         regular = {i for i in range(self.depth) if i % period == period - 1}
         return frozenset(regular | {self.depth - 1})
 
@@ -164,10 +165,6 @@ class StudentConfig:
             object.__setattr__(self, "global_layers", tuple(sorted(layers)))
             return
         self._check_int("global_layers", layers, 1)
-        if layers > self.depth:
-            raise ValueError(
-                f"StudentConfig: global_layers must be at most depth={self.depth}, got {layers}"
-            )
 
     def _check_heads(self) -> None:
         if not isinstance(self.heads, Mapping):

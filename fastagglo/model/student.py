@@ -146,7 +146,7 @@ class Student(nn.Module):
         x = self.norm(self._run_blocks(x, place, self._draw_keep(images, x, generator)))
         x = reorder(x, place.unpack, place.pack)
         tokens, patches = x.split([place.prefix_rows, len(x) - place.prefix_rows])
-        return tokens.view(images, prefix, -1)[:, : len(self.cls_tokens)], patches
+        return tokens.view(images, prefix, self.config.width)[:, : len(self.cls_tokens)], patches
 
     def _run_blocks(self, x: Tensor, place: Geometry, keep: Tensor | None) -> Tensor:
         windows, global_layers = place.windows, self.config.global_layer_set
