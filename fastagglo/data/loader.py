@@ -1,0 +1,88 @@
+"""Batches in the order of their steps, made ahead by worker processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch.utils.data import DataLoader, Dataset
+
+from fastagglo.data.plan import TrainBatch, check_int
+from fastagglo.data.stream import CropStream
+from fastagglo.errors import UserError
+
+
+@dataclass(frozen=True)
+class _Failure:
+    message: str
+
+
+class _Steps(Dataset["TrainBatch | _Failure"]):
+    """The stream, with the errors meant for the user sent as values: DataLoader would put the
+    worker's traceback into the message, which must stay one line."""
+
+    def __init__(self, stream: CropStream) -> None:
+        self.stream = stream
+
+    def __getitem__(self, step: int) -> TrainBatch | _Failure:
+        try:
+            return self.stream[step]
+        except UserError as error:
+            return _Failure(str(error))
+
+
+def make_loader(
+    stream: CropStream,
+    start: int,
+    stop: int,
+    *,
+    workers: int = 0,
+    prefetch: int = 2,
+    pin: bool = False,
+) -> Iterator[TrainBatch]:
+    """The batches of steps ``start`` to ``stop - 1``, in order, the same for any ``workers``.
+
+    Args:
+        stream: where they come from. With workers it must survive pickling where processes are
+            spawned and not forked.
+        start: the first step; a resumed run gives its step number.
+        stop: one past the last step.
+        workers: processes that make batches; 0 makes them here, when they are asked for.
+        prefetch: batches made ahead by each worker, at least 1.
+        pin: put batches into page-locked memory, for a GPU that copies while it computes.
+
+    Raises:
+        UserError: what the stream raises, with its own message, also from a worker. Other errors
+            of a worker keep their type; their message holds the worker's traceback.
+        TypeError, ValueError: an argument of another kind or out of range.
+    """
+    start = check_int("start", start, 0)
+    stop = check_int("stop", stop, 0)
+    workers = check_int("workers", workers, 0)
+    prefetch = check_int("prefetch", prefetch, 1)
+    return _batches(stream, range(start, stop), workers, prefetch, pin)
+
+
+def _batches(
+    stream: CropStream, steps: range, workers: int, prefetch: int, pin: bool
+) -> Iterator[TrainBatch]:
+    if not steps:
+        return
+    if workers:
+        stream.first_position(steps.start)  # counted once here, not in every worker
+    loader = DataLoader(
+        _Steps(stream),
+        batch_size=None,
+        sampler=steps,
+        num_workers=min(workers, len(steps)),
+        prefetch_factor=prefetch if workers else None,
+        pin_memory=pin,
+    )
+    batches = iter(loader)
+    try:
+        for batch in batches:
+            if isinstance(batch, _Failure):
+                raise UserError(batch.message)
+            yield batch
+    finally:
+        del batches  # ends the workers now, not when an error's traceback lets go of this frame
