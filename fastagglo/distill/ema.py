@@ -82,7 +82,7 @@ def mesa_loss(
         return torch.zeros(())
     loss = multi_teacher_loss(
         [F.layer_norm(x, x.shape[-1:]) for x in student_spatial],
-        [F.layer_norm(x.detach(), x.shape[-1:]) for x in ema_spatial],
+        [F.layer_norm(x, x.shape[-1:]) for x in ema_spatial],
         [LossTerm(kind="mse", shift=shift) for shift in shifts],
     )
     total = sum((w * x).sum() for w, x in zip(loss.image_weights, loss.per_image, strict=True))

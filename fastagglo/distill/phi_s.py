@@ -242,8 +242,7 @@ class PhiS(PreciseBuffers):
                 "normalise; check the teacher that made them"
             )
         if self.kind == "phi-s":
-            # In units of phi: features of any magnitude are equally well conditioned.
-            covariance = (self.running_moment / self.running_moment.diagonal().mean()).cpu()
+            covariance = self.running_moment.cpu() / (self._rows - 1)
             eigenvalues, axes = torch.linalg.eigh((covariance + covariance.T) / 2)
             eigenvalues, axes = eigenvalues.flip(0).clamp(min=0), axes.flip(1)
             size = axes.abs()

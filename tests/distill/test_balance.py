@@ -1,9 +1,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -190,31 +187,6 @@ def test_bad_first_loss() -> None:
 def test_means_keep_their_precision() -> None:
     balancer = AdaLoss(NAMES).to(torch.bfloat16)
     assert balancer.running.average.dtype == torch.float32
-
-
-RANK = """
-import sys
-import torch
-import torch.distributed as dist
-from fastagglo.distill import make_balancer
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-balancer = make_balancer("adaloss", ["a", "b", "c"])
-losses = [{"a": 1.0, "b": 6.0}, {"a": 3.0, "c": 5.0}][rank]  # each rank with its own teachers
-balancer({name: torch.tensor(x) for name, x in losses.items()})
-expected = torch.tensor([2.0, 6.0, 5.0])
-torch.testing.assert_close(balancer.running.mean(), expected)
-dist.destroy_process_group()
-"""
-
-
-def test_ranks_share_their_means(tmp_path: Path) -> None:
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)])
-        for rank in range(2)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0]
 
 
 def test_wrong_losses() -> None:

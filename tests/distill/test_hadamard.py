@@ -43,6 +43,8 @@ def test_widths_of_real_models(n: int) -> None:
 
 def test_same_matrix_every_time() -> None:
     assert torch.equal(hadamard(1408), hadamard(1408))
+    # The fewest blocks, and of those the largest power of two: not 16 x 48, nor 4 x 12 x 16.
+    assert torch.equal(hadamard(768), torch.kron(hadamard(64), hadamard(12)))
     assert torch.equal(hadamard(2), torch.tensor([[1.0, 1.0], [1.0, -1.0]]).double())
 
 

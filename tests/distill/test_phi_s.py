@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import copy
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -236,47 +234,6 @@ def test_merge() -> None:
     assert_same_statistics(merged, PhiS.fit(y))
 
 
-RANK = """
-import sys
-import torch
-import torch.distributed as dist
-from fastagglo.distill import PhiS
-
-rank, folder = int(sys.argv[1]), sys.argv[2]
-dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=3)
-y = torch.load(f"{folder}/features.pt")
-phi = PhiS(y.shape[-1])
-phi.update(y[[slice(0, 0), slice(0, 150), slice(150, 400)][rank]])
-phi.all_reduce()
-if rank == 0:
-    phi.finish()
-phi.broadcast()
-assert phi.finished
-assert phi.rotation is not None
-torch.save(phi.state_dict(), f"{folder}/{rank}.pt")
-dist.destroy_process_group()
-"""
-
-
-def test_ranks_together(tmp_path: Path) -> None:
-    """Three ranks, of which the first has seen nothing, end with the statistics of all rows."""
-    y = correlated(400, 8)
-    torch.save(y, tmp_path / "features.pt")
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", RANK, str(rank), str(tmp_path)])
-        for rank in range(3)
-    ]
-    assert [rank.wait(timeout=120) for rank in ranks] == [0, 0, 0]
-    states = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
-    for state in states[1:]:
-        for key, value in state.items():
-            assert torch.equal(value, states[0][key]), key
-    joint = PhiS(8)
-    joint.load_state_dict(states[0])
-    assert_same_statistics(joint, PhiS.fit(y))
-    assert torch.allclose(joint.final_rotation, PhiS.fit(y).final_rotation, atol=1e-9)
-
-
 def test_one_process_is_all_ranks() -> None:
     y = correlated(50, 8)
     phi = collected(y)
@@ -423,9 +380,10 @@ def test_too_few_rows(rows: int) -> None:
 
 @pytest.mark.parametrize("split", [1, 13, 1000])
 def test_constant_features_are_refused(split: int) -> None:
-    row = torch.randn(8, generator=torch.Generator().manual_seed(0)) * 100
-    phi = collected(*row.expand(1000, 8).split(split))
-    with pytest.raises(ValueError, match="all 1000 rows of features are equal"):
+    # In float64 not even the sum of equal numbers is exact; the variance must be zero all the same.
+    row = torch.randn(8, generator=torch.Generator().manual_seed(0)).double() / 3
+    phi = collected(*row.expand(977, 8).split(split))
+    with pytest.raises(ValueError, match="all 977 rows of features are equal"):
         phi.finish()
 
 
