@@ -10,6 +10,8 @@ from fastagglo.distill.balance import (
     make_balancer,
     teacher_dropping,
 )
+from fastagglo.distill.dispersion import Dispersion
+from fastagglo.distill.distiller import Distiller, DistillOutput, Matching
 from fastagglo.distill.ema import make_ema, mesa_loss
 from fastagglo.distill.hadamard import hadamard, hadamard_order_exists, mixing_rotation
 from fastagglo.distill.mosaic import MosaicPlan, mosaic_plan
@@ -18,8 +20,12 @@ from fastagglo.distill.phi_s import PhiS
 __all__ = [
     "AdaLoss",
     "Balancer",
+    "Dispersion",
+    "DistillOutput",
+    "Distiller",
     "FixedWeights",
     "LossRatioWeights",
+    "Matching",
     "MosaicPlan",
     "PhiS",
     "UncertaintyWeights",

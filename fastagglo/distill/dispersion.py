@@ -38,6 +38,11 @@ class Dispersion(nn.Module):
         self.squared_angles += torch.arccos(cosine.clamp(-1, 1)).square().sum()
         self.count += len(unit)
 
+    def reset(self) -> None:
+        """Forget everything, as a new training stage does."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
     def merged(self) -> Dispersion:
         """The estimate over all ranks (a copy; this rank's own goes on)."""
         total = Dispersion(len(self.direction)).to(self.count.device)

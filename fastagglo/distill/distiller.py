@@ -24,8 +24,7 @@ from fastagglo.distill.ema import mesa_loss
 from fastagglo.distill.phi_s import PhiS
 from fastagglo.features import Features
 from fastagglo.model import AdaptorMLP, PackedBatch, Student, StudentOutput
-from fastagglo.ops import Affine, LossTerm, multi_teacher_loss
-from fastagglo.ops.loss import term_image_weights
+from fastagglo.ops import Affine, LossTerm, multi_teacher_loss, term_image_weights
 
 # Losses that give the same number when prediction and target are rotated together.
 ROTATION_FREE = ("mse", "cosine")
@@ -129,12 +128,8 @@ class Distiller(nn.Module):
 
     def start_fitting(self) -> None:
         """Begin the statistics anew (a stage with other resolutions); those in use stay in use."""
-        for name, phi in self.fitting.items():
-            fresh = PhiS(self.matching[name].spatial, kind=self.matching[name].normaliser)
-            self.fitting[name] = fresh.to(phi.mean.device)
-        for name, dispersion in self.dispersions.items():
-            fresh = Dispersion(len(dispersion.direction))
-            self.dispersions[name] = fresh.to(dispersion.count.device)
+        for statistics in (*self.fitting.values(), *self.dispersions.values()):
+            statistics.reset()
 
     def observe(self, targets: Sequence[Mapping[str, Features]]) -> None:
         """Take one batch of teacher features (per image group) into the statistics."""
@@ -169,7 +164,7 @@ class Distiller(nn.Module):
                 if dist.is_initialized() and rotation is not None:
                     # Eigenvectors of one matrix may differ between machines: one rank decides.
                     dist.broadcast(rotation, 0)
-            head = self.student.heads.spatial_mlp(name)
+            head = self.student.heads.spatial[name]
             if basis.ready:
                 _rebase(head, basis, affine, rotation)
             elif rotation is not None:
@@ -252,7 +247,7 @@ class Distiller(nn.Module):
         student = deepcopy(self.student)
         for name, basis in self.bases.items():
             rotation = basis.rotation if basis.settled else None
-            student.heads.spatial_mlp(name).fold_affine_(basis.mean, basis.scale, rotation)
+            student.heads.spatial[name].fold_affine_(basis.mean, basis.scale, rotation)
         return student
 
     def _folded_rotations(self) -> dict[str, Tensor]:

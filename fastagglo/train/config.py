@@ -124,8 +124,8 @@ class DataSettings:
     """Where images come from: builtin, a folder, or tar shards such as shards/{000..099}.tar."""
     weights: tuple[float, ...] = ()
     """Sampling weight of each of `images`; equal if not given."""
-    holdout_photos: float = 0.05
-    """Share of the photos that are never trained on (builtin holds out a fixed set)."""
+    holdout_photos: float | None = None
+    """Share of the photos never trained on; if not given 0.1, or the built-in photos' own four."""
     holdout_region: float = 0.0
     """Right-hand share of each training photo that no training crop touches."""
     crop_scale: tuple[float, float] = (0.3, 1.0)
@@ -376,7 +376,7 @@ def check_config(config: RunConfig) -> None:
         )
     if not data.images:
         refuse("data.images", (), "give builtin, a folder or tar shards")
-    in_range("data.holdout_photos", data.holdout_photos, 0, 0.9)
+    in_range("data.holdout_photos", data.holdout_photos or 0, 0, 0.9)
     in_range("data.holdout_region", data.holdout_region, 0, 0.9)
     in_range("data.max_bad_share", data.max_bad_share, 0, 1)
     in_range("data.workers", data.workers, 0)

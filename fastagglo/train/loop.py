@@ -16,8 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastagglo.data import CropStream, Filters, SkipCounter, TrainBatch, build_source, make_loader
 from fastagglo.data import split as split_source
-from fastagglo.distill import Distiller, Matching, make_ema
+from fastagglo.distill import Distiller, DistillOutput, Matching, make_ema
 from fastagglo.errors import UserError
+from fastagglo.features import Features
 from fastagglo.model import HeadSpec, PackedBatch, Student, create_student, save_student, warm_start
 from fastagglo.teachers import Teacher
 from fastagglo.train import run_folder
@@ -116,9 +117,9 @@ class Trainer:
         self.ema = make_ema(student, config.distill.ema_decay) if config.distill.ema_decay else None
         self.optimiser = build_optimiser(student, self.distiller.balancer, config.optimiser)
         data = config.data
-        source = build_source(
-            list(zip(data.images, data.weights or (1.0,) * len(data.images), strict=True))
-        )
+        weights = data.weights or (1.0,) * len(data.images)
+        mixture = list(zip(data.images, weights, strict=True))
+        source = build_source(mixture if len(mixture) > 1 else data.images[0])
         self.data = split_source(source, photos=data.holdout_photos, region=data.holdout_region)
         self.stream = CropStream(
             self.data.train,
@@ -200,7 +201,7 @@ class Trainer:
         for micro in range(micro_steps):
             with telemetry.phase("data"):
                 batch = next(batches)
-                self.skips.update(batch.skipped, batch.num_images, batch.bad)
+                self.skips.update(batch.skipped, len(batch.keys), batch.bad)
                 batch = batch.to(self.device)
             with telemetry.phase("teachers"):
                 targets = teacher_features(self.teachers, batch.groups, config.teachers)
@@ -211,18 +212,15 @@ class Trainer:
             self._statistics(targets, first=micro == 0)
             with telemetry.phase("student"):
                 _seed(config.seed, step * micro_steps + micro, self.rank)
-                output = self._forward(batch, targets, micro)
+                output = self._forward(batch, targets)
                 if not all_agree(bool(output.total.isfinite()), self.device):
                     problem = "the loss is not finite"
                     continue
                 (output.total / micro_steps).backward()
             for name, loss in output.teachers.items():
                 losses[name] = losses.get(name, 0.0) + loss / micro_steps
-            images += batch.num_images * self.world
-            tokens += self.world * sum(
-                len(group.student) * self.distiller.student.config.tokens(*group.student.shape[-2:])
-                for group in batch.groups
-            )
+            images += len(batch.keys) * self.world
+            tokens += self._tokens(batch) * self.world
         with telemetry.phase("optimiser"):
             parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
             norm = nn.utils.clip_grad_norm_(parameters, config.optimiser.clip or math.inf)
@@ -243,13 +241,19 @@ class Trainer:
             tokens=tokens,
             lr=rate,
             grad_norm=norm,
-            skipped=self.skips.total,
+            skipped=dict(self.skips.counts),
         )
 
-    def _forward(self, batch: TrainBatch, targets: list, micro: int):
-        config = self.config
-        micro_step = self.step * config.optimiser.accumulate + micro
-        window = self.planner(micro_step).window
+    def _tokens(self, batch: TrainBatch) -> int:
+        student = self.distiller.student.config
+        return sum(
+            len(g.student)
+            * ((g.student.shape[-1] // student.patch_size) ** 2 + student.prefix_tokens)
+            for g in batch.groups
+        )
+
+    def _forward(self, batch: TrainBatch, targets: list[dict[str, Features]]) -> DistillOutput:
+        config, window = self.config, batch.plan.window
         packed = PackedBatch.from_images([group.student for group in batch.groups])
         average = average_shifts = None
         with torch.autocast(
@@ -294,7 +298,7 @@ class Trainer:
                 )
         self.distiller.train()
 
-    def _statistics(self, targets: list, *, first: bool) -> None:
+    def _statistics(self, targets: list[dict[str, Features]], *, first: bool) -> None:
         """Fit the teachers' statistics in the first steps of a stage; figures at the start."""
         index, stage_step = self.config.stage_at(self.step)
         fit_steps = self.config.stages[index].phi_s_steps
@@ -322,7 +326,8 @@ class Trainer:
     def _evaluate(self) -> None:
         if is_main():
             self.distiller.eval()
-            rows = self.held_out.rows(self.distiller, self.teachers, self.step)
+            with self.telemetry.phase("evaluation"):
+                rows = self.held_out.rows(self.distiller, self.teachers)
             for row in rows:
                 self.telemetry.event("held_out", step=self.step, **row)
             self.distiller.train()

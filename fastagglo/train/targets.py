@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastagglo.data import GroupViews
-from fastagglo.distill import assemble, mosaic_plan, split
+from fastagglo.distill import mosaic
 from fastagglo.features import Features
 from fastagglo.teachers import Teacher, load_teacher
 from fastagglo.train.config import RunConfig, TeacherSettings
@@ -26,6 +26,7 @@ def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]
             layer=settings.layer,
             dtype=getattr(torch, settings.dtype),
             device=device,
+            summary=settings.summary_weight > 0,
         )
     return teachers
 
@@ -75,9 +76,9 @@ def finite_teachers(targets: Sequence[Mapping[str, Features]]) -> dict[str, Tens
 
 
 def _through_mosaic(teacher: Teacher, images: Tensor, canvas: int) -> Features:
-    plan = mosaic_plan(images.shape[-1], canvas, teacher.spec.patch_size)
-    features = teacher(assemble(images, plan))
-    return Features(None, split(features.spatial, plan, len(images)))
+    plan = mosaic.mosaic_plan(images.shape[-1], canvas, teacher.spec.patch_size)
+    features = teacher(mosaic.assemble(images, plan))
+    return Features(None, mosaic.split(features.spatial, plan, len(images)))
 
 
 def _split(value: Tensor | None, counts: list[int]) -> Sequence[Tensor | None]:
