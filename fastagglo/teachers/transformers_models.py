@@ -114,6 +114,9 @@ def _load(
     with _quiet(transformers):
         try:
             config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+            if class_name == "CLIPVisionModelWithProjection" and hasattr(config, "vision_config"):
+                # The whole model's width holds; the vision part of some files repeats a default.
+                config.vision_config.projection_dim = config.projection_dim
             for part in ("detector_config", "vision_config", "backbone_config"):
                 config = getattr(config, part, config)
             state = read_weights(file, name) if file else None

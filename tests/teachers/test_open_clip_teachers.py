@@ -127,7 +127,7 @@ def test_lone_file_of_a_named_model(tmp_path):
 
 
 def test_what_cannot_be_loaded(tmp_path):
-    with pytest.raises(ValueError, match="set checkpoint to a folder, a file or one of .*dfn5b"):
+    with pytest.raises(ValueError, match=r"set checkpoint to a folder, a file or one of .*dfn5b"):
         load_teacher("open_clip", "ViT-H-14-378-quickgelu")
     with pytest.raises(UserError, match="hf download apple/DFN5B-CLIP-ViT-H-14-378"):
         load_teacher("open_clip", "ViT-H-14-378-quickgelu", checkpoint="dfn5b")
