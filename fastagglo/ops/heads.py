@@ -127,7 +127,7 @@ class AdaptorMLP(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None = None, *, shuffle: bool = True) -> Tensor:
         """Features of the teacher.
 
         Args:
@@ -137,6 +137,7 @@ class AdaptorMLP(nn.Module):
                 (arXiv 2410.01680) the head predicts normalised features inside and the teacher's
                 own axes outside. It is folded into the last weight in fp32, so no per-token
                 C x C product is paid.
+            shuffle: False leaves out the pixel shuffle; see :meth:`tokens`.
 
         Returns:
             (..., out_features); (N, h * upsample, w * upsample, out_features) when upsampling.
@@ -146,17 +147,12 @@ class AdaptorMLP(nn.Module):
             ValueError: a wrong shape or device.
         """
         _check_input("AdaptorMLP", x, self)
-        if self.upsample > 1 and x.dim() != 4:
+        shuffle = shuffle and self.upsample > 1
+        if shuffle and x.dim() != 4:
             raise ValueError(
                 f"AdaptorMLP: x must be (N, h, w, {self.in_features}) because upsample is "
                 f"{self.upsample}, got {shape_of(x)}; use head.tokens(x) for packed tokens"
             )
-        y = self.tokens(x, rotation)
-        return pixel_shuffle(y, self.upsample) if self.upsample > 1 else y
-
-    def tokens(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
-        """The same without the pixel shuffle: (..., in) -> (..., out_features * upsample**2)."""
-        _check_input("AdaptorMLP", x, self)
         if rotation is not None:
             _check_rotation("rotation", rotation, self.out_features, x.device)
         if self.pre_norm is not None:
@@ -165,10 +161,18 @@ class AdaptorMLP(nn.Module):
         for block in self.blocks:
             x = x + block(x)
         norm, gelu, last = self.final
+        x = gelu(norm(x))
         if rotation is None:
-            return last(gelu(norm(x)))
-        weight, bias = self._rotated(rotation.mT)
-        return F.linear(gelu(norm(x)), weight.to(last.weight.dtype), bias.to(last.bias.dtype))
+            y = last(x)
+        else:
+            weight, bias = self._rotated(rotation.mT)
+            y = F.linear(x, weight.to(last.weight.dtype), bias.to(last.bias.dtype))
+        return pixel_shuffle(y, self.upsample) if shuffle else y
+
+    def tokens(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """Without the pixel shuffle, for packed tokens: (..., in) -> (..., out * upsample**2)."""
+        # Through __call__, so that hooks (FSDP's among them) see it.
+        return self(x, rotation, shuffle=False)
 
     def _rotated(self, matrix: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """``matrix @ W, matrix @ b`` of the last layer, per replica, in ``dtype`` or wider."""
