@@ -345,9 +345,9 @@ def check_config(config: RunConfig) -> None:
     for index, stage in enumerate(config.stages):
         here = f"stages.{index}"
         in_range(f"{here}.steps", stage.steps, 1)
-        in_range(f"{here}.warmup_steps", stage.warmup_steps, 0, stage.steps)
+        in_range(f"{here}.warmup_steps", stage.warmup_steps, 0)
         in_range(f"{here}.phi_s_steps", stage.phi_s_steps, 0, stage.steps)
-        in_range(f"{here}.freeze_trunk_steps", stage.freeze_trunk_steps, 0, stage.steps)
+        in_range(f"{here}.freeze_trunk_steps", stage.freeze_trunk_steps, 0)
         in_range(f"{here}.final_lr_ratio", stage.final_lr_ratio, 0, 1)
         if stage.lr <= 0:
             refuse(f"{here}.lr", stage.lr, "it must be above 0")

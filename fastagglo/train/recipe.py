@@ -78,8 +78,9 @@ def config_from_dict(data: dict[str, Any], where: str) -> RunConfig:
             known = _fields_at(first["loc"][:-1])
             near = suggestion(str(first["loc"][-1]), known)
             raise UserError(f"{where}: unknown setting {setting!r}{near}") from None
+        expected = first["msg"][0].lower() + first["msg"][1:]
         raise UserError(
-            f"{where}: setting {setting!r}: {first['msg'].lower()}, but it is {first['input']!r}"
+            f"{where}: setting {setting!r}: {expected}, but it is {first['input']!r}"
         ) from None
     check_config(config)
     return config
