@@ -1,0 +1,367 @@
+"""The PyTorch path of the multi-teacher loss: one term, block by block, loss and gradient at once.
+
+What to compute is said in ``loss.py``. This file says how: the geometry of comparison cells, the
+losses of a block of tokens, the loop over blocks, and the two operators with their autograd node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+COSINE_SHARE = 0.9  # of cosine_smooth_l1, the rest is smooth L1: AM-RADIO, arXiv 2312.06709
+EPS = 1e-8  # a shorter vector has no direction; the eps of F.cosine_similarity
+COSINE_LIMIT = 1 - 1e-6  # of "angular": the slope of arccos has no bound at +-1
+SNAP = 1e-6  # cells: a sample this close to a cell centre is that cell, whatever rounding says
+BLOCK = 1 << 18  # elements, 1 MiB in fp32: about one core's L2; times are flat from 1/4 to 4 times
+
+
+# Geometry: which cells of the target a comparison cell reads, and whether it is compared
+
+
+class _Taps(NamedTuple):
+    """Linear interpolation along one axis, ``(1 or N, cells)`` each."""
+
+    low: Tensor
+    high: Tensor  # equal to low where its weight is zero: a masked neighbour is never touched
+    weight: Tensor
+    inside: Tensor
+
+
+def grid_of(shape: Sequence[int]) -> tuple[int, int]:
+    return (shape[1], shape[2]) if len(shape) == 4 else (1, 1)
+
+
+def comparison_grid(
+    prediction_shape: Sequence[int], target_shape: Sequence[int], resize: str
+) -> tuple[int, int]:
+    prediction, target = grid_of(prediction_shape), grid_of(target_shape)
+    if resize == "larger":
+        return max(prediction[0], target[0]), max(prediction[1], target[1])
+    return prediction if resize == "student" else target
+
+
+def _taps(cells: int, prediction: int, source: int, shift: Tensor) -> _Taps:
+    """How ``cells`` cells over a view of ``prediction`` cells read ``source`` cells, shifted.
+
+    fp64 throughout: an fp32 position at cell 100 is off by more than ``SNAP``.
+    """
+    centre = torch.arange(cells, dtype=torch.float64, device=shift.device) + 0.5
+    place = (centre * (prediction / cells) - shift[:, None]) * (source / prediction)
+    inside = (place >= -SNAP) & (place <= source + SNAP)
+    place = torch.nan_to_num(place - 0.5).clamp(0, source - 1)
+    nearest = place.round()
+    place = torch.where((place - nearest).abs() < SNAP, nearest, place)
+    low = place.floor()
+    weight = place - low
+    return _Taps(low.long(), (low + (weight > 0)).long(), weight, inside)
+
+
+def _target_taps(
+    shift: Tensor | None,
+    prediction: tuple[int, int],
+    target: tuple[int, int],
+    grid: tuple[int, int],
+    device: torch.device,
+) -> list[_Taps] | None:
+    """Rows' and columns' taps of the target, or None if the comparison reads it cell by cell."""
+    if shift is None:
+        if target == grid:
+            return None
+        shift = torch.zeros(1, 2, dtype=torch.float64, device=device)
+    return [_taps(grid[a], prediction[a], target[a], shift[:, a]) for a in (0, 1)]
+
+
+def valid_cells(
+    valid: Tensor | None,
+    shift: Tensor | None,
+    prediction: tuple[int, int],
+    target: tuple[int, int],
+    grid: tuple[int, int],
+) -> Tensor | None:
+    """The comparison cells that count, bool ``(1 or N, rows, columns)``; None if all do."""
+    given = valid if valid is not None else shift
+    if given is None:
+        return None
+    taps = _target_taps(shift, prediction, target, grid, given.device)
+    if taps is None:
+        return valid
+    rows, columns = taps
+    inside = rows.inside[:, :, None] & columns.inside[:, None, :]
+    if valid is None:
+        return inside
+    image = torch.arange(valid.shape[0], device=valid.device)[:, None]
+    cells = valid[image, rows.low] & valid[image, rows.high]
+    cells = cells.transpose(1, 2)
+    cells = cells[image, columns.low] & cells[image, columns.high]
+    return cells.transpose(1, 2) & inside
+
+
+# The loss of a block of tokens
+
+
+def _token_losses(
+    kind: str, beta: float, x: Tensor, t: Tensor, loss: Tensor, out: Tensor | None
+) -> None:
+    """Write the losses (T,) of predictions x and targets t, (T, C), and the gradients of x.
+
+    x and t are only read. All but out (or None, if no gradient is wanted) share one dtype.
+    """
+    channels = x.shape[1]
+    if kind == "mse":
+        difference = x - t
+        torch.linalg.vector_norm(difference, dim=1, out=loss)
+        loss.square_().div_(channels)
+        if out is not None:
+            torch.mul(difference, 2 / channels, out=out)
+        return
+    slope = None  # of smooth L1 in each channel
+    if kind in ("smooth_l1", "cosine_smooth_l1"):
+        difference = x - t
+        if beta == 0:
+            slope = difference.sign()
+            loss.copy_(difference.abs_().mean(1))
+        else:
+            # With c = clamp(d, -beta, beta) both branches are c (d - c / 2) / beta.
+            clamped = difference.clamp(-beta, beta)
+            loss.copy_(difference.sub_(clamped, alpha=0.5).mul_(clamped).mean(1)).div_(beta)
+            slope = clamped.div_(beta)
+        if kind == "smooth_l1":
+            if out is not None:
+                torch.mul(slope, 1 / channels, out=out)
+            return
+    norm_x, norm_t = (torch.linalg.vector_norm(v, dim=1) for v in (x, t))
+    no_direction = (norm_x <= EPS) | (norm_t <= EPS)
+    scale_x, scale_t = norm_x.reciprocal_(), norm_t.reciprocal_()
+    cosine = (x * t).sum(1).mul_(scale_x).mul_(scale_t)
+    cosine.masked_fill_(no_direction, 0).clamp_(-1, 1)
+    if kind == "cosine":
+        torch.sub(1, cosine, out=loss)
+        d_cosine = torch.full_like(cosine, -1)
+    elif kind == "cosine_smooth_l1":
+        loss.mul_(1 - COSINE_SHARE).add_((1 - cosine).mul_(COSINE_SHARE))
+        d_cosine = torch.full_like(cosine, -COSINE_SHARE)
+    else:
+        limited = cosine.clamp(-COSINE_LIMIT, COSINE_LIMIT)
+        angle = limited.acos()
+        torch.square(angle, out=loss)
+        d_cosine = angle.mul(-2).div_(((1 - limited) * (1 + limited)).sqrt_())
+        d_cosine.masked_fill_(cosine.abs() > COSINE_LIMIT, 0)
+    if out is None:
+        return
+    # d cos / dx = (t / |t| - cos x / |x|) / |x|
+    of_t = d_cosine.mul_(scale_x)
+    of_x = (of_t * cosine).mul_(scale_x).neg_().masked_fill_(no_direction, 0)
+    of_t.mul_(scale_t).masked_fill_(no_direction, 0)
+    result = (x * of_x[:, None]).addcmul_(t, of_t[:, None])
+    if slope is not None:
+        result.add_(slope, alpha=(1 - COSINE_SHARE) / channels)
+    out.copy_(result)
+
+
+# The loop over blocks
+
+
+def _blocks(
+    images: int, rows: int, columns: int, channels: int, together: bool
+) -> Iterator[tuple[slice, slice]]:
+    """Slices of images and of their rows: several small images or some rows of one, in order."""
+    cells = max(1, BLOCK // channels)
+    group = max(1, cells // (rows * columns)) if together else 1
+    step = rows if rows * columns <= cells else max(1, cells // columns)
+    for image in range(0, images, group):
+        for row in range(0, rows, step):
+            yield slice(image, min(image + group, images)), slice(row, min(row + step, rows))
+
+
+def _read(
+    features: Tensor, taps: list[_Taps] | None, images: slice, rows: slice, dtype: torch.dtype
+) -> Tensor:
+    """Comparison cells (n, rows, columns, C) of a block, resampled."""
+    features = features[images]
+    if taps is None:
+        return features[:, rows].to(dtype)
+    for dim, tap in ((1, taps[0]), (2, taps[1])):
+        # A shift of its own for each image comes with blocks of one image.
+        low, high, weight = (v[images.start if len(v) > 1 else 0] for v in tap[:3])
+        if dim == 1:
+            low, high, weight = low[rows], high[rows], weight[rows]
+        weight = weight.to(dtype).reshape(-1, *[1] * (3 - dim))
+        first, second = (features.index_select(dim, i).to(dtype) for i in (low, high))
+        features = torch.lerp(first, second, weight)
+    return features
+
+
+def _scatter(gradient: Tensor, taps: list[_Taps], rows: slice, out: Tensor) -> None:
+    """Add the gradient (n, rows, columns, C) of what :func:`_read` read to out (n, h, w, C)."""
+    by_row, by_column = taps
+    narrow = gradient.new_zeros(*gradient.shape[:2], out.shape[2], gradient.shape[3])
+    for into, source, dim, tap, part in (
+        (narrow, gradient, 2, by_column, slice(None)),
+        (out, narrow, 1, by_row, rows),
+    ):
+        low, high, weight = (v[0, part] for v in tap[:3])
+        weight = weight.to(gradient.dtype).reshape(-1, *[1] * (3 - dim))
+        into.index_add_(dim, low, source * (1 - weight))
+        into.index_add_(dim, high, source * weight)
+
+
+def _term_loss(
+    prediction: Tensor,
+    target: Tensor,
+    valid: Tensor | None,
+    mean: Tensor | None,
+    scale: Tensor | None,
+    rotation: Tensor | None,
+    shift: Tensor | None,
+    kind: str,
+    beta: float,
+    height: int,
+    width: int,
+    with_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    images, channels = prediction.shape[0], prediction.shape[3]
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    if mean is not None:
+        mean, scale = mean.to(dtype), scale.double().reciprocal().to(dtype)
+        rotation = None if rotation is None else rotation.to(dtype)
+    grid, source, other = (height, width), grid_of(prediction.shape), grid_of(target.shape)
+    cells = valid_cells(valid, shift, source, other, grid)
+    outside = None if cells is None else ~cells.expand(images, *grid)
+    taps_t = _target_taps(shift, source, other, grid, target.device)
+    taps_x = _target_taps(None, source, source, grid, target.device)
+
+    loss = prediction.new_empty(images, *grid, dtype=dtype)
+    gradient = _kept_gradient(prediction, with_gradient)
+    together = shift is None or len(shift) == 1
+    for part, rows in _blocks(images, *grid, channels, together):
+        x = _read(prediction, taps_x, part, rows, dtype)
+        t = _read(target, taps_t, part, rows, dtype)
+        if mean is not None:
+            t = t - mean
+            if rotation is not None:
+                with torch.autocast(t.device.type, enabled=False):
+                    t = t @ rotation.T
+            t.mul_(scale)
+        block = None
+        if with_gradient:
+            block = gradient[part, rows] if taps_x is None else torch.empty_like(x)
+        _token_losses(
+            kind,
+            beta,
+            x.reshape(-1, channels),
+            t.reshape(-1, channels),
+            loss[part, rows].view(-1),
+            None if block is None else block.view(-1, channels),
+        )
+        if block is None:
+            continue
+        if outside is not None:
+            block.masked_fill_(outside[part, rows, :, None], 0)
+        if taps_x is not None:
+            if rows.start == 0:
+                total = torch.zeros_like(gradient[part], dtype=dtype)
+            _scatter(block, taps_x, rows, total)
+            if rows.stop == height:
+                gradient[part] = total
+    if outside is None:
+        count = loss.new_full((images,), height * width)
+    else:
+        loss.masked_fill_(outside, 0)
+        count = (~outside).sum((1, 2)).to(dtype)
+    return loss.sum((1, 2)) / count.clamp(min=1), count, gradient
+
+
+def _kept_gradient(prediction: Tensor, with_gradient: bool) -> Tensor:
+    """An empty tensor for the gradients of the tokens' losses.
+
+    It has the prediction's dtype, but fp32 for fp16: these gradients are 1e-6 or so, and loss
+    scaling, which is how fp16 training lives with that, comes with the backward.
+    """
+    return prediction.new_empty(
+        prediction.shape if with_gradient else 0,
+        dtype=torch.float32 if prediction.dtype == torch.float16 else prediction.dtype,
+    )
+
+
+def _scale_gradient(gradient: Tensor, upstream: Tensor, count: Tensor, out: Tensor) -> Tensor:
+    """Write the gradient of means over tokens, given that of each token and an upstream one."""
+    factor = (upstream / count.clamp(min=1))[:, None, None, None]
+    if factor.dtype == out.dtype:
+        return torch.mul(gradient, factor, out=out)
+    for part, rows in _blocks(*gradient.shape, together=True):
+        out[part, rows] = gradient[part, rows] * factor[part]
+    return out
+
+
+# The operators
+
+
+torch.library.define(
+    "fastagglo::term_loss",
+    "(Tensor prediction, Tensor target, Tensor? valid, Tensor? mean, Tensor? scale, "
+    "Tensor? rotation, Tensor? shift, str kind, float beta, SymInt height, SymInt width, "
+    "bool with_gradient) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.define(
+    "fastagglo::term_loss_backward",
+    "(Tensor gradient, Tensor upstream, Tensor count, ScalarType dtype) -> Tensor",
+)
+torch.library.impl("fastagglo::term_loss", "default", _term_loss)
+
+
+@torch.library.impl("fastagglo::term_loss_backward", "default")
+def _term_loss_backward(
+    gradient: Tensor, upstream: Tensor, count: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return _scale_gradient(gradient, upstream, count, torch.empty_like(gradient, dtype=dtype))
+
+
+@torch.library.register_fake("fastagglo::term_loss")
+def _term_loss_fake(prediction: Tensor, *others: Any, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
+    with_gradient = others[-1]
+    per_image = prediction.new_empty(
+        prediction.shape[0], dtype=torch.promote_types(prediction.dtype, torch.float32)
+    )
+    gradient = _kept_gradient(prediction, with_gradient)
+    return per_image, torch.empty_like(per_image), gradient
+
+
+@torch.library.register_fake("fastagglo::term_loss_backward")
+def _term_loss_backward_fake(
+    gradient: Tensor, upstream: Tensor, count: Tensor, dtype: torch.dtype
+) -> Tensor:
+    return torch.empty_like(gradient, dtype=dtype)
+
+
+# Whether the graph that runs now will run again (retain_graph); the question that AOTAutograd asks
+# before it lets a backward reuse the memory of saved tensors. Without an answer, suppose it will.
+_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+
+
+class TermLoss(torch.autograd.Function):
+    """Per-image losses and counts of valid tokens, ``(N,)`` each; arguments as the operator's."""
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+        per_image, count, gradient = torch.ops.fastagglo.term_loss(prediction, *arguments)
+        ctx.dtype = prediction.dtype
+        ctx.save_for_backward(gradient, count)
+        ctx.mark_non_differentiable(count)
+        return per_image, count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, count = ctx.saved_tensors
+        again = torch.compiler.is_compiling() or _graph_is_kept()
+        if again or gradient.dtype != ctx.dtype:
+            scaled = torch.ops.fastagglo.term_loss_backward(gradient, upstream, count, ctx.dtype)
+        else:
+            # Nobody will read the kept gradient again: scaling it in place saves its size.
+            scaled = _scale_gradient(gradient, upstream, count, gradient)
+        return scaled, *[None] * 11
