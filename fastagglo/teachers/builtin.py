@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from fastagglo.errors import UserError, require
 from fastagglo.teachers.base import Teacher, TeacherSettingError, TeacherSpec, fixed_size
 from fastagglo.teachers.hog import ORIENTATIONS, HogTower
-from fastagglo.teachers.weights import existing, find_weights, first_line, read_weights
+from fastagglo.teachers.weights import existing, find_weights, one_line, read_weights
 
 LAYERS = {"stride8": 8, "stride16": 16, "stride32": 32}
 
@@ -89,7 +89,7 @@ def efficientnet(model: str, name: str, checkpoint: str | Path | None = None) ->
         network.load_state_dict(read_weights(path, name))
     except RuntimeError as error:
         raise UserError(
-            f"teacher {name!r}: {path} does not fit {model}: {first_line(error)}"
+            f"teacher {name!r}: {path} does not fit {model}: {one_line(error)}"
         ) from error
     return network.eval()
 

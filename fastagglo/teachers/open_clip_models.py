@@ -21,8 +21,8 @@ from fastagglo.teachers.timm_models import TokenTower
 from fastagglo.teachers.weights import (
     existing,
     find_weights,
-    first_line,
     hub_folder,
+    one_line,
     read_json,
 )
 
@@ -156,7 +156,7 @@ def _build(
             clip.visual.set_input_size(input_size)
     except Exception as error:
         raise UserError(
-            f"teacher {name!r}: {file} does not fit this open_clip model: {first_line(error)}"
+            f"teacher {name!r}: {file} does not fit this open_clip model: {one_line(error)}"
         ) from error
     return clip.eval()
 

@@ -20,8 +20,8 @@ from fastagglo.teachers.base import (
 from fastagglo.teachers.weights import (
     existing,
     find_weights,
-    first_line,
     hub_folder,
+    one_line,
     read_json,
     read_weights,
 )
@@ -153,7 +153,7 @@ def _create(
             network = timm.create_model(architecture, **arguments)
     except (RuntimeError, TypeError, KeyError, ValueError) as error:
         raise UserError(
-            f"teacher {name!r}: {file} does not fit timm model {model!r}: {first_line(error)}"
+            f"teacher {name!r}: {file} does not fit timm model {model!r}: {one_line(error)}"
         ) from error
     network.pretrained_cfg["state_dict"] = None  # else the weights stay in memory twice
     return network.eval()

@@ -22,8 +22,8 @@ from fastagglo.teachers.base import (
 from fastagglo.teachers.weights import (
     existing,
     find_weights,
-    first_line,
     hub_folder,
+    one_line,
     read_json,
     read_weights,
 )
@@ -139,7 +139,7 @@ def _load(
         except Exception as error:  # the library raises many kinds for a folder that is not right
             raise UserError(
                 f"teacher {name!r}: cannot load {class_name} from {where} (safetensors only): "
-                f"{first_line(error)}"
+                f"{one_line(error)}"
             ) from error
     # The library fills missing weights with random numbers and goes on.
     lacking = sorted({*report["missing_keys"], *report.get("mismatched_keys", ())}, key=str)

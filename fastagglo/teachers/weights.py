@@ -63,7 +63,7 @@ def read_weights(path: Path, name: str) -> dict[str, Tensor]:
     except UserError:
         raise
     except Exception as error:  # torch and safetensors raise many kinds for a damaged file
-        raise UserError(f"teacher {name!r}: cannot read {path}: {first_line(error)}") from error
+        raise UserError(f"teacher {name!r}: cannot read {path}: {one_line(error)}") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
@@ -79,7 +79,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"teacher {name!r}: cannot read {path}: {first_line(error)}") from error
+        raise UserError(f"teacher {name!r}: cannot read {path}: {one_line(error)}") from error
     if not isinstance(content, dict):
         raise UserError(f"teacher {name!r}: {path} holds no JSON object")
     return content
@@ -119,7 +119,7 @@ def hub_folder(
                 )
             except Exception as error:  # the hub's errors share no base over its versions
                 if not local:
-                    reason = first_line(error)
+                    reason = one_line(error)
                     break  # another pattern will not mend the connection or the permission
                 continue
             if any(folder.glob(pattern)):
@@ -130,6 +130,7 @@ def hub_folder(
     )
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error, for a message of one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def one_line(error: BaseException, limit: int = 240) -> str:
+    """An error's text for a message of one line, cut to ``limit`` characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else f"{text[:limit]}..."
