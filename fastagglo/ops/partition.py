@@ -94,7 +94,7 @@ class MergeRequest(NamedTuple):
         """(images, 4) int64 on the CPU: length, keep, grid height, grid width (0, 0: no grid)."""
         grids = self.grids or ((0, 0),) * len(self.lengths)
         rows = [(n, k, h, w) for n, k, (h, w) in zip(self.lengths, self.keeps, grids, strict=True)]
-        return torch.tensor(rows, dtype=torch.int64).reshape(-1, 4)
+        return torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, 4)
 
 
 @lru_cache(maxsize=64)
@@ -119,13 +119,13 @@ def plan_rounds(
     """
     rounds: list[Round] = []
     height, width = grid
-    position = torch.arange(tokens)
+    position = torch.arange(tokens, device="cpu")
     row = position // max(width, 1)
     column = position - row * width
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     while tokens > target:
         if partition == "alternate":
-            position = torch.arange(tokens)
+            position = torch.arange(tokens, device="cpu")
             chosen = (position + protect) % 2 == 1
             most = tokens // 2
         else:
@@ -151,9 +151,10 @@ def _window_picks(
     (height, width), (sy, sx) = grid, stride
     if partition == "strided":
         return (row % sy == 0) & (column % sx == 0)
-    tall = (height - torch.arange(0, height, sy)).clamp(max=sy)[:, None]
-    wide = (width - torch.arange(0, width, sx)).clamp(max=sx)[None]
-    draw = torch.rand(len(tall), wide.shape[1], dtype=torch.float64, generator=generator)
+    tall = (height - torch.arange(0, height, sy, device="cpu")).clamp(max=sy)[:, None]
+    wide = (width - torch.arange(0, width, sx, device="cpu")).clamp(max=sx)[None]
+    shape = len(tall), wide.shape[1]
+    draw = torch.rand(shape, dtype=torch.float64, generator=generator, device="cpu")
     cell = (draw * (tall * wide)).long()
     cell = cell[row // sy, column // sx]
     span = wide[0, column // sx]

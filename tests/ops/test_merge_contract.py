@@ -83,15 +83,34 @@ def test_autocast_does_not_choose(which: str) -> None:
 
 
 def test_matmul_precision_is_left_as_it_was() -> None:
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    before = [backend.fp32_precision for backend in backends]
     try:
-        for precision in ("high", "highest"):
-            torch.set_float32_matmul_precision(precision)
-            merge_tokens(randn(1, 10, 4), 6)
-            with pytest.raises(ValueError, match="NaN"):
-                merge_tokens(torch.full((1, 10, 4), torch.nan), 6)
-            assert torch.get_float32_matmul_precision() == precision
+        for backend in backends:
+            backend.fp32_precision = "tf32"
+        merge_tokens(randn(1, 10, 4), 6)
+        with pytest.raises(ValueError, match="NaN"):
+            merge_tokens(torch.full((1, 10, 4), torch.nan), 6)
+        assert [backend.fp32_precision for backend in backends] == ["tf32", "tf32"]
+        with op._full_precision(torch.device("cpu")):
+            assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
     finally:
-        torch.set_float32_matmul_precision("highest")
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
+
+
+@pytest.mark.parametrize("which", IMPLEMENTATIONS)
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_the_default_device_does_not_matter(which: str, partition: str) -> None:
+    x, tokens = randn(2, 35, 4), IMPLEMENTATIONS[which]
+    arguments = {"partition": partition, "grid": (5, 7), "seed": 9}
+    plan_rounds.cache_clear()
+    with torch.device("meta"):
+        for keep in (20, 3, [7, 30]):
+            merged = tokens.merge_tokens(x, keep, **arguments)
+            assert tokens.unmerge_tokens(merged.x, merged).device.type == "cpu"
+    plan_rounds.cache_clear()
+    assert torch.equal(merged.x, tokens.merge_tokens(x, keep, **arguments).x)
 
 
 @pytest.mark.parametrize("scale", [1e-9, 1e15])
