@@ -120,6 +120,9 @@ class Distiller(nn.Module):
             if match.spatial and match.normaliser != "none":
                 self.bases[name] = Basis(match.spatial, match.normaliser == "standardize")
                 self.fitting[name] = PhiS(match.spatial, kind=match.normaliser)
+            elif match.spatial:
+                # Raw targets: the statistics only say what the mean predictor of the figures is.
+                self.fitting[name] = PhiS(match.spatial, kind="global")
             if match.summary and match.summary_loss == "angular":
                 self.dispersions[name] = Dispersion(match.summary)
                 self.register_buffer(f"dispersion_{name}", torch.ones(()))
@@ -151,8 +154,8 @@ class Distiller(nn.Module):
             Layers whose basis was rotated, whose optimiser state has lost its meaning.
         """
         rotated: list[nn.Module] = []
-        for name, phi in self.fitting.items():
-            basis: Basis = self.bases[name]
+        for name, basis in self.bases.items():
+            phi = self.fitting[name]
             merged = deepcopy(phi)
             if dist.is_initialized():
                 merged.all_reduce()
@@ -179,6 +182,12 @@ class Distiller(nn.Module):
         for name, dispersion in self.dispersions.items():
             getattr(self, f"dispersion_{name}").copy_(dispersion.merged().value)
         return rotated
+
+    def means(self) -> dict[str, Tensor]:
+        """Mean of each teacher's spatial features, ``(C,)``, of those that have been seen."""
+        found = {name: basis.mean for name, basis in self.bases.items() if basis.ready}
+        raw = {name: phi for name, phi in self.fitting.items() if name not in self.bases}
+        return found | {name: phi.mean for name, phi in raw.items() if phi.count > 0}
 
     def heads_are_in_teacher_space(self) -> None:
         """Say that the heads already predict the teachers' own features (a warm start)."""
@@ -320,11 +329,14 @@ class Distiller(nn.Module):
 
     def _kept_shares(self, pairs: list[_Pair], per_image: Sequence[Tensor], images: int) -> Tensor:
         """``(teachers, images)`` coefficients of teacher dropping, with a mean of 1."""
-        losses = torch.zeros(len(self.matching), images, device=per_image[0].device)
         names = list(self.matching)
+        losses = torch.zeros(len(names), images, device=per_image[0].device)
+        present = torch.zeros(len(names), images, dtype=torch.bool, device=losses.device)
         for pair, loss in zip(pairs, per_image, strict=True):
             losses[names.index(pair.teacher), pair.images] += pair.weight * loss.detach()
-        return teacher_dropping(losses, p=self.teacher_drop) * len(names)
+            present[names.index(pair.teacher), pair.images] = True
+        # The coefficients of an image sum to one; the plain loss counts each of its teachers once.
+        return teacher_dropping(losses, p=self.teacher_drop, mask=present) * present.sum(0)
 
 
 @dataclass(frozen=True)

@@ -202,7 +202,7 @@ class DistillSettings:
 
     __pydantic_config__ = _STRICT
 
-    balance: Literal["fixed", "uncertainty", "adaloss", "loss_ratio"] = "fixed"
+    balance: Literal["fixed", "uncertainty", "adaloss", "ratio"] = "fixed"
     """How teachers are weighted against one another, beside their own weights."""
     teacher_drop: float = 0.0
     """Per image, the probability of dropping each teacher but the one with the largest loss."""

@@ -42,11 +42,6 @@ class HeldOut:
         self, distiller: Distiller, teachers: Mapping[str, Teacher]
     ) -> list[dict[str, object]]:
         """Figures of every teacher, resolution and kind of held-out data; see `eval.evaluate`."""
-        means = {
-            name: distiller.bases[name].mean
-            for name, match in distiller.matching.items()
-            if match.spatial and name in distiller.bases
-        }
         views = {
             (kind, size): self._views(kind, size)
             for kind in ("regions", "photos")
@@ -60,7 +55,7 @@ class HeldOut:
             },
             lambda batch: self._teach(teachers, batch),
             views,
-            means,
+            distiller.means(),
         )
 
     def pictures(

@@ -268,3 +268,15 @@ def test_the_eager_twin_gives_the_same_total(monkeypatch: pytest.MonkeyPatch):
         "fastagglo.distill.distiller.multi_teacher_loss", reference.multi_teacher_loss
     )
     torch.testing.assert_close(distiller(batch(), targets(), NO_SHIFT).total, found)
+
+
+def test_raw_targets_are_compared_as_they_are_and_their_mean_is_known():
+    distiller = make("cosine_smooth_l1", "none").eval()
+    assert distiller.means() == {}
+    distiller.observe(targets())
+    assert distiller.refresh(settle=True) == []
+    for name, mean in distiller.means().items():
+        rows = torch.cat([g[name].spatial.flatten(0, 2) for g in targets()])
+        torch.testing.assert_close(mean, rows.mean(0).float())
+    raw = make("cosine_smooth_l1", "none").eval()(batch(), targets(), NO_SHIFT).total
+    torch.testing.assert_close(distiller(batch(), targets(), NO_SHIFT).total, raw)
