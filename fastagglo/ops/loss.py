@@ -163,8 +163,8 @@ def multi_teacher_loss(
     valid token adds 0 and gets a gradient of 0, and so do a term without one and ``N = 0``. A NaN
     that is not masked out reaches ``total``: it is for the caller to see it.
 
-    The gradient of the predictions is computed with the loss and kept in their dtype until the
-    backward, which scales it (second derivatives are not available). Arithmetic is fp32, or fp64
+    The gradient of the predictions is computed with the loss and kept until the backward, in their
+    dtype (fp32 for fp16), which scales it; second derivatives are not available. Arithmetic is fp32, or fp64
     for fp64 predictions, also under autocast. Two runs give the same bits.
 
     Args:
