@@ -164,8 +164,8 @@ def multi_teacher_loss(
     that is not masked out reaches ``total``: it is for the caller to see it.
 
     The gradient of the predictions is computed with the loss and kept until the backward, in their
-    dtype (fp32 for fp16), which scales it; second derivatives are not available. Arithmetic is fp32, or fp64
-    for fp64 predictions, also under autocast. Two runs give the same bits.
+    dtype (fp32 for fp16), which scales it; second derivatives are not available. Arithmetic is
+    fp32, or fp64 for fp64 predictions, also under autocast. Two runs give the same bits.
 
     Args:
         predictions: for each term ``(N, h, w, C)`` or ``(N, C)``, fp16, bf16, fp32 or fp64, any
@@ -238,7 +238,7 @@ def multi_teacher_loss(
     wide = torch.float64 if any(x.dtype == torch.float64 for x in losses) else torch.float32
     per_term = torch.stack([x.to(wide) for x in losses])
     weighted = [
-        x * (t.weight.reshape(()) if isinstance(t.weight, Tensor) else t.weight)
+        x * (t.weight.reshape(()).to(wide) if isinstance(t.weight, Tensor) else t.weight)
         for x, t in zip(per_term.unbind(), terms, strict=True)
     ]
     return MultiTeacherLoss(torch.stack(weighted).sum(), per_term, per_image, image_weights)

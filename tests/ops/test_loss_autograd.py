@@ -66,12 +66,12 @@ def test_what_is_kept_for_the_backward():
 
 def test_weights_learn():
     x, t = features(2, (), 3, grad=True), features(2, (), 3)
-    for shape in ((), (1,)):
-        weight = torch.full(shape, 0.5, requires_grad=True)
+    for shape, dtype in (((), torch.float64), ((1,), torch.float32), ((), torch.bfloat16)):
+        weight = torch.full(shape, 0.5, dtype=dtype, requires_grad=True)
         loss = multi_teacher_loss([x, x], [t, t], [LossTerm("mse", weight), LossTerm("cosine")])
         assert loss.total.shape == ()
         got = torch.autograd.grad(loss.total, weight)[0]
-        assert got.item() == pytest.approx(loss.per_term[0].item())
+        assert got.item() == pytest.approx(loss.per_term[0].item(), rel=torch.finfo(dtype).eps)
 
 
 def test_bit_equal_runs():
