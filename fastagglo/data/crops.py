@@ -44,23 +44,17 @@ class CropRange:
     flip: float = 0.5
 
     def __post_init__(self) -> None:
-        for name, (low, high), most in (
-            ("scale", _pair("scale", self.scale), 1.0),
-            ("ratio", _pair("ratio", self.ratio), float("inf")),
-        ):
-            if not 0 < low <= high <= most:
-                limit = " <= 1" if most == 1 else ""
-                raise ValueError(
-                    f"{name} must be (low, high) with 0 < low <= high{limit}, got ({low}, {high})"
-                )
+        _check_range("scale", self.scale, 1.0)
+        _check_range("ratio", self.ratio, float("inf"))
         check_float("flip", self.flip, 0.0, 1.0)
 
 
-def _pair(name: str, value: object) -> tuple[float, float]:
+def _check_range(name: str, value: object, most: float) -> None:
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"{name} must be a pair (low, high), got {value!r}")
-    low, high = (check_float(f"{name}[{i}]", v, 0.0, float("inf")) for i, v in enumerate(value))
-    return low, high
+    low, high = (check_float(f"{name}[{i}]", v, 0.0, most) for i, v in enumerate(value))
+    if not 0 < low <= high:
+        raise ValueError(f"{name} must be (low, high) with 0 < low <= high, got ({low}, {high})")
 
 
 @dataclass(frozen=True)

@@ -84,5 +84,11 @@ def _batches(
             if isinstance(batch, _Failure):
                 raise UserError(batch.message)
             yield batch
+    except Exception as error:
+        if not workers:
+            raise
+        # The message holds the worker's traceback; this process's own would keep the dead loader
+        # alive, which then ends its workers at any later moment, waiting seconds for them.
+        raise error.with_traceback(None) from None
     finally:
-        del batches  # ends the workers now, not when an error's traceback lets go of this frame
+        del batches

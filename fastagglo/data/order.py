@@ -71,26 +71,27 @@ class ShardOrder:
         self.total = int(self.sizes.sum())
         self.seed = seed
         self.path = path
-        self._recent = _Recent(6)
+        self._recent = _Recent(4)  # two epochs meet in a batch
 
     def index(self, position: int) -> int:
         """The image at a position."""
-        window, offset, _ = self._window(position)
+        window, offset = self._window(position)
         return int(window[offset])
 
     def replacement(self, position: int, random: np.random.Generator) -> int:
         """Another image for a position, from the same few shards."""
-        window, _, _ = self._window(position)
+        window, _ = self._window(position)
         return int(window[random.integers(len(window))])
 
-    def _window(self, position: int) -> tuple[np.ndarray, int, int]:
+    def _window(self, position: int) -> tuple[np.ndarray, int]:
+        """The shuffled images of a few shards, and the place of a position among them."""
         epoch, within = divmod(position, self.total)
         shards, ends = self._recent.get((epoch,), lambda: self._shard_order(epoch))
         number = int(np.searchsorted(ends, within, side="right"))
         window = self._recent.get(
             (epoch, number), lambda: self._sample_order(epoch, number, shards)
         )
-        return window, within - int(ends[number]) + len(window), number
+        return window, within - int(ends[number]) + len(window)
 
     def _shard_order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         random = generator(self.seed, _SHARD_ORDER, *self.path, epoch)

@@ -118,6 +118,7 @@ def test_exif_orientation(kind: str, orientation: int) -> None:
     assert np.array_equal(found, expected)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
 def test_broken_exif_is_as_none() -> None:
     data = encoded(Image.fromarray(scene()), "JPEG", exif=b"Exif\0\0II*\0\xff\xff\xff\xff\xff")
     assert pixels(data).shape == (24, 40, 3)
