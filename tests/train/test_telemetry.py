@@ -221,6 +221,19 @@ def test_a_full_disk_names_the_file(make, metrics):
     assert len(rows) > 10
 
 
+def test_a_row_that_is_cut_by_a_full_disk_is_an_error_at_once(make, metrics):
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with make() as telemetry:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, old[1]))
+        try:
+            with pytest.raises(UserError, match="cannot be written"):
+                telemetry.event("note", text="x" * 5000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert metrics.stat().st_size == 3000
+    assert read_metrics(metrics) == []
+
+
 def test_a_folder_that_is_not_there_names_the_file(make, tmp_path):
     with (
         pytest.raises(UserError, match=r"gone/metrics\.jsonl: cannot be written"),
