@@ -63,23 +63,29 @@ class Basis(nn.Module):
 
     Attributes:
         mean: ``(C,)``. scale: 0-d or ``(C,)``. rotation: ``(C, C)``, the identity until the
-            statistics are settled. settled: 0-d bool. ready: 0-d bool, false until the first
-            statistics arrive.
+            statistics are settled.
+        ready: whether any statistics are in use yet.
+        settled: whether they are final, with their rotation where the kind has one. Both are kept
+            on the host, where asking each step costs nothing, and ride in the state dict.
     """
 
     mean: Tensor
     scale: Tensor
     rotation: Tensor
-    ready: Tensor
-    settled: Tensor
 
     def __init__(self, channels: int, per_channel: bool) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("scale", torch.ones(channels if per_channel else ()))
         self.register_buffer("rotation", torch.eye(channels))
-        self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
-        self.register_buffer("settled", torch.zeros((), dtype=torch.bool))
+        self.ready = False
+        self.settled = False
+
+    def get_extra_state(self) -> dict[str, bool]:
+        return {"ready": self.ready, "settled": self.settled}
+
+    def set_extra_state(self, state: dict[str, bool]) -> None:
+        self.ready, self.settled = state["ready"], state["settled"]
 
     def denormalise(self, features: Tensor) -> Tensor:
         """From the unrotated normalised space back to the teacher's own."""
@@ -177,8 +183,7 @@ class Distiller(nn.Module):
             basis.mean.copy_(affine.mean)
             basis.scale.copy_(affine.scale)
             basis.rotation.copy_(torch.eye(len(basis.mean)) if rotation is None else rotation)
-            basis.ready.fill_(True)
-            basis.settled.fill_(rotation is not None)
+            basis.ready, basis.settled = True, rotation is not None
         for name, dispersion in self.dispersions.items():
             getattr(self, f"dispersion_{name}").copy_(dispersion.merged().value)
         return rotated
@@ -192,7 +197,7 @@ class Distiller(nn.Module):
     def heads_are_in_teacher_space(self) -> None:
         """Say that the heads already predict the teachers' own features (a warm start)."""
         for basis in self.bases.values():
-            basis.ready.fill_(True)
+            basis.ready = True
 
     # The step.
 
