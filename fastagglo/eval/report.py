@@ -83,6 +83,7 @@ def write_report(
     metrics: Sequence[Row],
     heldout: Sequence[Row] | None = None,
     pictures: Sequence[tuple[str, str, Path | str]] = (),
+    credits: Sequence[str] = (),
     device: torch.device | str | None = None,
     parameters: int | None = None,
 ) -> Path:
@@ -97,6 +98,7 @@ def write_report(
         heldout: held-out rows (`evaluate`) with the ``step`` at which they were taken; those
             among ``metrics`` if not given.
         pictures: title, caption and file of each.
+        credits: who made the photos in the pictures, where their licences ask for it.
         device: what the run ran on.
         parameters: number of the student's parameters.
 
@@ -131,6 +133,7 @@ def write_report(
         phases=_phase_shares(train),
         tables=tables,
         pictures=[_picture(*picture) for picture in pictures],
+        credits=list(credits) if pictures else [],
         notes=_notes(metrics),
         config=json.dumps(config, indent=2, ensure_ascii=False),
     )

@@ -207,6 +207,13 @@ def test_what_is_missing_is_said(write, arguments, sentences):
         assert sentence in page.text
 
 
+def test_photos_are_credited_where_they_are_shown(write, picture):
+    credits = ["china: danielbuechele, CC BY 2.0", "flower: <vultilion>, CC BY 2.0"]
+    page = write(pictures=[picture], credits=credits)
+    assert "Photos: china: danielbuechele, CC BY 2.0; flower: <vultilion>, CC BY 2.0." in page.text
+    assert "china" not in write(credits=credits).text
+
+
 def test_a_missing_picture_is_said(write, tmp_path, picture):
     page = write(pictures=[picture, ("T", "C", tmp_path / "gone.png")])
     assert "The picture gone.png is missing." in page.text
