@@ -70,6 +70,7 @@ def test_devices():
     layout = PackedLayout.from_lengths([3, 4], 8)
     assert layout.to("cpu") is layout
     assert layout.segment_ids is layout.segment_ids
+    assert layout.cu_seqlens is not layout.cu_seqlens_cpu  # see _build
     moved = layout.to("meta")
     assert moved.device.type == moved.segment_ids.device.type == "meta"
     assert moved.cu_seqlens_cpu.device.type == "cpu"
