@@ -30,7 +30,8 @@ def main(arguments: list[str]) -> int:
         resume = Path(config.resume) if config.resume else None
         trainer = Trainer(config, device, resume)
         folder = resume or run_folder.claim(config)
-        if trainer.step == config.total_steps:
+        # The report comes last: a run that was killed while it was written is not finished.
+        if trainer.step == config.total_steps and (folder / run_folder.REPORT).is_file():
             say(f"run {folder} is finished ({trainer.step} steps): see {folder / 'report.html'}")
             return 0
         if trainer.run(folder):

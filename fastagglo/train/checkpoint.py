@@ -11,6 +11,7 @@ import torch
 from fastagglo.errors import UserError
 
 FILE_NAME = "checkpoint.pt"
+FORMAT = 1
 
 
 def save_checkpoint(state: dict[str, Any], folder: Path) -> Path:
@@ -54,14 +55,26 @@ def load_checkpoint(folder: Path, device: torch.device) -> dict[str, Any]:
     """
     path = folder / FILE_NAME
     if not path.is_file():
-        raise UserError(f"run {folder}: it has no {FILE_NAME}, so it cannot be resumed")
-    try:
-        return torch.load(path, map_location=device, weights_only=True)
-    except Exception as error:
         raise UserError(
-            f"checkpoint {path}: cannot be read ({_reason(error)}); it is damaged or was written "
-            "by another program"
-        ) from error
+            f"run {folder}: it has no {FILE_NAME}, so it cannot be resumed; start anew "
+            f"(--out {folder} --overwrite)"
+        )
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise damaged(folder, error) from error
+    found = state.get("format") if isinstance(state, dict) else type(state).__name__
+    if found != FORMAT or not isinstance(state.get("config"), dict):
+        raise damaged(folder, ValueError(f"its format is {found}, expected {FORMAT}"))
+    return state
+
+
+def damaged(folder: Path, error: BaseException) -> UserError:
+    """The error to raise for a checkpoint that does not hold what it should."""
+    return UserError(
+        f"checkpoint {folder / FILE_NAME}: cannot be read ({_reason(error)}); it is damaged or was "
+        f"written by another program: put a copy back, or start anew (--out {folder} --overwrite)"
+    )
 
 
 def _reason(error: BaseException) -> str:

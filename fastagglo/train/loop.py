@@ -22,7 +22,7 @@ from fastagglo.features import Features
 from fastagglo.model import HeadSpec, PackedBatch, Student, create_student, save_student, warm_start
 from fastagglo.teachers import Teacher
 from fastagglo.train import run_folder
-from fastagglo.train.checkpoint import load_checkpoint, save_checkpoint
+from fastagglo.train.checkpoint import FORMAT, damaged, load_checkpoint, save_checkpoint
 from fastagglo.train.config import EMA_VIEW, RunConfig, TeacherSettings
 from fastagglo.train.distributed import all_agree, is_main, rank_and_world
 from fastagglo.train.evaluation import HeldOut, write_outcome
@@ -173,12 +173,14 @@ class Trainer:
                     pin=self.device.type == "cuda",
                 )
             )
-            while self.step < total and not self.stop_requested:
+            saved = -1
+            while self.step < total and all_agree(not self.stop_requested, self.device):
                 self._one_step(batches)
                 self.step += 1
-                last = self.step == total or self.stop_requested
-                if is_main() and (last or self.step % config.log.checkpoint_every == 0):
-                    save_checkpoint(self._state(), folder)
+                if self.step % config.log.checkpoint_every == 0:
+                    saved = self._save(folder)
+            if saved != self.step:
+                self._save(folder)
             finished = self.step == total
             if finished and total in eval_steps(config):
                 self._evaluate()
@@ -334,11 +336,18 @@ class Trainer:
 
     # Checkpoints.
 
+    def _save(self, folder: Path) -> int:
+        if is_main():
+            save_checkpoint(self._state(), folder)
+        return self.step
+
     def _state(self) -> dict:
         return {
-            "format": 1,
+            "format": FORMAT,
             "step": self.step,
             "bad_steps": self.bad_steps,
+            "skipped": dict(self.skips.counts),
+            "images": self.skips.images,
             "config": self.config.to_dict(),
             "distiller": self.distiller.state_dict(),
             "optimiser": self.optimiser.state_dict(),
@@ -348,11 +357,15 @@ class Trainer:
     def _restore(self, folder: Path) -> None:
         state = load_checkpoint(folder, self.device)
         run_folder.check_same_run(self.config, state["config"], folder)
-        self.distiller.load_state_dict(state["distiller"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
-        self.step, self.bad_steps = state["step"], state["bad_steps"]
+        try:
+            self.distiller.load_state_dict(state["distiller"])
+            self.optimiser.load_state_dict(state["optimiser"])
+            if self.ema is not None:
+                self.ema.load_state_dict(state["ema"])
+            self.skips.update(state["skipped"], state["images"])
+            self.step, self.bad_steps = state["step"], state["bad_steps"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise damaged(folder, error) from error
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:

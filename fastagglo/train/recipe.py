@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import os
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -136,12 +137,26 @@ def saved_recipe(folder: Path) -> str:
 
 
 def save_config(config: RunConfig, folder: Path) -> None:
-    """Write the resolved configuration into a run's folder, as a recipe."""
+    """Write the resolved configuration into a run's folder, as a recipe.
+
+    Raises:
+        UserError: it cannot be written; the one before it, of a run that goes on, is intact.
+    """
     tomli_w = require("tomli_w", extra="train", purpose="saving the configuration")
     values = config.to_dict()
     for place in ("out", "resume", "overwrite"):  # where a run lies is not part of what it is
         values.pop(place, None)
-    (folder / CONFIG_FILE).write_text(tomli_w.dumps(values))
+    path = folder / CONFIG_FILE
+    partial = path.with_suffix(".partial")
+    try:
+        partial.write_text(tomli_w.dumps(values))
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(
+            f"configuration {path}: cannot be written ({error.strerror}); make room, or choose "
+            "another folder with --out"
+        ) from error
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
