@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
             say(f"run {folder} is finished ({trainer.step} steps): see {folder / 'report.html'}")
             return 0
         if trainer.run(folder):
-            say(f"finished: see {folder / 'report.html'}; the student is in {folder / 'student'}")
+            say(f"finished: see {report}; the student is in {folder / run_folder.STUDENT}")
         else:
             say(f"stopped at step {trainer.step}: go on with python train.py --resume {folder}")
     return 0

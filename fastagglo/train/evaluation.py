@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastagglo.data import GroupViews, Split, eval_views
+from fastagglo.data import GroupViews, PhotoSource, Split, eval_views
 from fastagglo.distill import Distiller
 from fastagglo.errors import require
 from fastagglo.eval import backbone_figure, evaluate, feature_figure, read_metrics, write_report
@@ -147,6 +147,7 @@ def write_outcome(
         config=config.to_dict(),
         metrics=metrics,
         pictures=pictures,
+        credits=PhotoSource().credits if "builtin" in config.data.images else (),
         device=distiller.student.patch_embed.weight.device,
         parameters=sum(p.numel() for p in distiller.student.parameters()),
     )
@@ -169,7 +170,12 @@ def print_figures(rows: list[dict[str, Any]]) -> None:
         line = (row["data"], row["teacher"], row["resolution"])
         by_line.setdefault(line, {})[row["step"]] = row
     for (kind, teacher, pixels), found in by_line.items():
-        figures = [f"{found[s]['explained']:+.3f}" if s in found else "" for s in steps]
-        baseline = f"{found[max(found)]['mean_predictor']:+.3f}"
+        figures = [_figure(found.get(step, {}).get("explained")) for step in steps]
+        baseline = _figure(found[max(found)]["mean_predictor"])
         table.add_row(kind, teacher, str(pixels), *figures, baseline)
     console.print(table)
+
+
+def _figure(value: float | None) -> str:
+    """A figure as printed; blank where it was not taken or is not finite (null in JSON)."""
+    return "" if value is None else f"{value:+.3f}"
