@@ -31,8 +31,9 @@ def main(arguments: list[str]) -> int:
         trainer = Trainer(config, device, resume)
         folder = resume or run_folder.claim(config)
         # The report comes last: a run that was killed while it was written is not finished.
-        if trainer.step == config.total_steps and (folder / run_folder.REPORT).is_file():
-            say(f"run {folder} is finished ({trainer.step} steps): see {folder / 'report.html'}")
+        report = folder / run_folder.REPORT
+        if trainer.step == config.total_steps and report.is_file():
+            say(f"run {folder} is finished ({trainer.step} steps): see {report}")
             return 0
         if trainer.run(folder):
             say(f"finished: see {report}; the student is in {folder / run_folder.STUDENT}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastagglo.data import GroupViews, PhotoSource, Split, eval_views
+from fastagglo.data import GroupViews, PhotoSource, Source, Split, eval_views
 from fastagglo.distill import Distiller
 from fastagglo.errors import require
 from fastagglo.eval import backbone_figure, evaluate, feature_figure, read_metrics, write_report
@@ -147,7 +147,7 @@ def write_outcome(
         config=config.to_dict(),
         metrics=metrics,
         pictures=pictures,
-        credits=PhotoSource().credits if "builtin" in config.data.images else (),
+        credits=_credits(held_out.data.held_out) if "builtin" in config.data.images else (),
         device=distiller.student.patch_embed.weight.device,
         parameters=sum(p.numel() for p in distiller.student.parameters()),
     )
@@ -174,6 +174,13 @@ def print_figures(rows: list[dict[str, Any]]) -> None:
         baseline = _figure(found[max(found)]["mean_predictor"])
         table.add_row(kind, teacher, str(pixels), *figures, baseline)
     console.print(table)
+
+
+def _credits(photos: Source) -> list[str]:
+    """Who made the built-in ones of these photos."""
+    credits = PhotoSource().credits
+    keys = [photos.key(index) for index in range(len(photos))]
+    return [f"{key}: {credits[key]}" for key in keys if key in credits]
 
 
 def _figure(value: float | None) -> str:
