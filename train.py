@@ -29,7 +29,8 @@ def main(arguments: list[str]) -> int:
     with process_group(device):
         resume = Path(config.resume) if config.resume else None
         trainer = Trainer(config, device, resume)
-        folder = resume or run_folder.claim(config)
+        claim = run_folder.claim if is_main() else run_folder.folder_of
+        folder = resume or claim(config)
         # The report comes last: a run that was killed while it was written is not finished.
         report = folder / run_folder.REPORT
         if trainer.step == config.total_steps and report.is_file():

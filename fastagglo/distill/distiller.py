@@ -10,7 +10,7 @@ the same: the targets of the loss move, the student does not jump.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
@@ -22,6 +22,7 @@ from fastagglo.distill.balance import make_balancer, teacher_dropping
 from fastagglo.distill.dispersion import Dispersion
 from fastagglo.distill.ema import mesa_loss
 from fastagglo.distill.phi_s import PhiS
+from fastagglo.errors import UserError
 from fastagglo.features import Features
 from fastagglo.model import AdaptorMLP, PackedBatch, Student, StudentOutput
 from fastagglo.ops import Affine, LossTerm, multi_teacher_loss, term_image_weights
@@ -150,6 +151,21 @@ class Distiller(nn.Module):
                     self.dispersions[name].update(features.summary)
 
     @torch.no_grad()
+    def gather_statistics(self) -> None:
+        """Give rank 0 the statistics of all ranks, for its checkpoint, and leave the others none.
+
+        Their sum over ranks, which `refresh` puts into use, stays the same. A collective call.
+        """
+        if not dist.is_initialized():
+            return
+        for phi in self.fitting.values():
+            phi.all_reduce()
+        for dispersion in self.dispersions.values():
+            dispersion.load_state_dict(dispersion.merged().state_dict())
+        if dist.get_rank() > 0:
+            self.start_fitting()
+
+    @torch.no_grad()
     def refresh(self, *, settle: bool) -> list[nn.Module]:
         """Put the statistics seen so far, over all ranks, into use.
 
@@ -158,6 +174,9 @@ class Distiller(nn.Module):
 
         Returns:
             Layers whose basis was rotated, whose optimiser state has lost its meaning.
+
+        Raises:
+            UserError: nothing to settle on: a teacher had no finite features at all.
         """
         rotated: list[nn.Module] = []
         for name, basis in self.bases.items():
@@ -165,6 +184,13 @@ class Distiller(nn.Module):
             merged = deepcopy(phi)
             if dist.is_initialized():
                 merged.all_reduce()
+            if merged.count < 2:
+                if settle:
+                    raise UserError(
+                        f"teacher {name!r}: none of its features were finite in the steps that "
+                        "fit its statistics (setting stages.N.phi_s_steps); check it and its dtype"
+                    )
+                continue
             affine = merged.affine
             rotation = None
             if settle:
@@ -194,10 +220,15 @@ class Distiller(nn.Module):
         raw = {name: phi for name, phi in self.fitting.items() if name not in self.bases}
         return found | {name: phi.mean for name, phi in raw.items() if phi.count > 0}
 
-    def heads_are_in_teacher_space(self) -> None:
-        """Say that the heads already predict the teachers' own features (a warm start)."""
-        for basis in self.bases.values():
-            basis.ready = True
+    def heads_are_in_teacher_space(self, copied: Collection[str]) -> None:
+        """Say that heads already predict their teachers' own features (a warm start).
+
+        Args:
+            copied: names of the student's parameters that came from an exported student. A head
+                whose output layer is not among them starts from the mean of its teacher.
+        """
+        for name, basis in self.bases.items():
+            basis.ready = f"heads.spatial.{name}.final.2.bias" in copied
 
     # The step.
 

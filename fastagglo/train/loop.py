@@ -19,7 +19,15 @@ from fastagglo.data import split as split_source
 from fastagglo.distill import Distiller, DistillOutput, Matching, make_ema
 from fastagglo.errors import UserError
 from fastagglo.features import Features
-from fastagglo.model import HeadSpec, PackedBatch, Student, create_student, save_student, warm_start
+from fastagglo.model import (
+    HeadSpec,
+    PackedBatch,
+    Student,
+    WarmStart,
+    create_student,
+    save_student,
+    warm_start,
+)
 from fastagglo.teachers import Teacher
 from fastagglo.train import run_folder
 from fastagglo.train.checkpoint import FORMAT, damaged, load_checkpoint, save_checkpoint
@@ -111,9 +119,10 @@ class Trainer:
             teacher_drop=config.distill.teacher_drop,
             mesa_weight=config.distill.mesa_weight,
         ).to(device)
+        self.warm_start: WarmStart | None = None
         if config.student.init and resume is None:
-            warm_start(student, Path(config.student.init))
-            self.distiller.heads_are_in_teacher_space()
+            self.warm_start = warm_start(student, Path(config.student.init))
+            self.distiller.heads_are_in_teacher_space(self.warm_start.copied)
         self.ema = make_ema(student, config.distill.ema_decay) if config.distill.ema_decay else None
         self.optimiser = build_optimiser(student, self.distiller.balancer, config.optimiser)
         data = config.data
@@ -173,6 +182,10 @@ class Trainer:
                     pin=self.device.type == "cuda",
                 )
             )
+            if (warm := self.warm_start) is not None:
+                parts = ("copied", "resized", "skipped", "untouched")
+                counts = {part: len(getattr(warm, part)) for part in parts}
+                self.telemetry.event("warm_start", step=0, **counts)
             saved = -1
             while self.step < total and all_agree(not self.stop_requested, self.device):
                 self._one_step(batches)
@@ -208,10 +221,12 @@ class Trainer:
             with telemetry.phase("teachers"):
                 targets = teacher_features(self.teachers, batch.groups, config.teachers)
                 bad = [name for name, ok in finite_teachers(targets).items() if not ok]
-            if not all_agree(not bad, self.device):
+            finite = all_agree(not bad, self.device)
+            # Not observed if not finite; yet this may be the step that ends a fit.
+            self._statistics(targets if finite else [], first=micro == 0)
+            if not finite:
                 problem = f"features of {', '.join(bad) or 'a teacher'} are not finite"
                 continue
-            self._statistics(targets, first=micro == 0)
             with telemetry.phase("student"):
                 _seed(config.seed, step * micro_steps + micro, self.rank)
                 output = self._forward(batch, targets)
@@ -337,6 +352,7 @@ class Trainer:
     # Checkpoints.
 
     def _save(self, folder: Path) -> int:
+        self.distiller.gather_statistics()
         if is_main():
             save_checkpoint(self._state(), folder)
         return self.step
@@ -359,6 +375,8 @@ class Trainer:
         run_folder.check_same_run(self.config, state["config"], folder)
         try:
             self.distiller.load_state_dict(state["distiller"])
+            if self.rank > 0:
+                self.distiller.start_fitting()  # rank 0 goes on with the statistics of all ranks
             self.optimiser.load_state_dict(state["optimiser"])
             if self.ema is not None:
                 self.ema.load_state_dict(state["ema"])
