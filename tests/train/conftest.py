@@ -8,7 +8,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,7 +202,7 @@ def module_tiny(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture
-def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]]:
+def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """``interrupt(step)``: Ctrl-C at the end of that step."""
     report = Telemetry.step
 
@@ -214,4 +214,4 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], None]
 
         monkeypatch.setattr(Telemetry, "step", step)
 
-    yield at
+    return at
