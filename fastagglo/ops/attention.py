@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastagglo.errors import require
+from fastagglo.ops.autocast import autocast_enabled
 from fastagglo.ops.backend import resolve
 from fastagglo.ops.layout import PackedLayout
 
@@ -84,7 +85,7 @@ def packed_attention(
             "layout must be a PackedLayout, from PackedLayout.from_lengths; got "
             f"{type(layout).__name__}"
         )
-    if torch.is_autocast_enabled(q.device.type):
+    if autocast_enabled(q.device):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
     _check(q, k, v, layout, key_bias)

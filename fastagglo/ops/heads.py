@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastagglo.ops.autocast import autocast_enabled
 from fastagglo.ops.backend import resolve
 
 __all__ = [
@@ -46,7 +48,7 @@ class LayerNorm(nn.LayerNorm):
         wide = torch.promote_types(x.dtype, torch.float32)
         weight, bias = self.weight.to(wide), self.bias.to(wide)
         y = F.layer_norm(x.to(wide), self.normalized_shape, weight, bias, self.eps)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+        return y if autocast_enabled(x.device) else y.to(x.dtype)
 
 
 def pixel_shuffle(tokens: Tensor, upsample: int) -> Tensor:
@@ -88,7 +90,7 @@ class AdaptorMLP(nn.Module):
         pre_norm: put LayerNorm and GELU before ``fc1``.
 
     Raises:
-        TypeError: a size that is not an int.
+        TypeError: a size that is not an int, or ``pre_norm`` that is not a bool.
         ValueError: a size that is too small.
     """
 
@@ -110,6 +112,7 @@ class AdaptorMLP(nn.Module):
             ("upsample", upsample, 1),
         ):
             _check_int("AdaptorMLP", name, value, least)
+        _check_bool("AdaptorMLP", "pre_norm", pre_norm)
         self.in_features = in_features
         self.out_features = out_features
         self.upsample = upsample
@@ -131,7 +134,8 @@ class AdaptorMLP(nn.Module):
         """Features of the teacher.
 
         Args:
-            x: (..., in_features); (N, h, w, in_features) when ``upsample`` > 1.
+            x: (..., in_features); (N, h, w, in_features) when ``upsample`` > 1. In the dtype of
+                the parameters, except under autocast.
             rotation: (C, C) with C = ``out_features``, or None. The output is then
                 ``rotation.T @ y`` for each feature ``y``: with the rotation of a PHI-S target
                 (arXiv 2410.01680) the head predicts normalised features inside and the teacher's
@@ -143,7 +147,8 @@ class AdaptorMLP(nn.Module):
             (..., out_features); (N, h * upsample, w * upsample, out_features) when upsampling.
 
         Raises:
-            TypeError: ``x`` or ``rotation`` is not a floating-point tensor.
+            TypeError: ``x`` or ``rotation`` is not a floating-point tensor, or ``x`` has not the
+                dtype of the parameters while autocast is off.
             ValueError: a wrong shape or device.
         """
         _check_input("AdaptorMLP", x, self)
@@ -180,7 +185,9 @@ class AdaptorMLP(nn.Module):
         wide = torch.promote_types(last.weight.dtype, dtype)
         weight = last.weight.to(wide).unflatten(0, (-1, self.out_features))
         bias = last.bias.to(wide).unflatten(0, (-1, self.out_features))
-        with torch.autocast(last.weight.device.type, enabled=False):
+        device = last.weight.device
+        plain = autocast_enabled(device)
+        with torch.autocast(device.type, enabled=False) if plain else nullcontext():
             matrix = matrix.to(wide)
             return (matrix @ weight).flatten(0, 1), (bias @ matrix.mT).flatten()
 
@@ -243,7 +250,7 @@ def adaptor_mlp(x: Tensor, head: AdaptorMLP, *, rotation: Tensor | None = None) 
         (..., out_features), or (N, h * upsample, w * upsample, out_features).
 
     Raises:
-        TypeError: ``head`` is not an :class:`AdaptorMLP`, or ``x`` not a floating-point tensor.
+        TypeError: ``head`` is not an :class:`AdaptorMLP`, or ``x`` not a tensor of its dtype.
         ValueError: a wrong shape or device, or a backend that this op does not have.
     """
     if not isinstance(head, AdaptorMLP):
@@ -290,8 +297,7 @@ class HeadSpec:
         _check_int("HeadSpec", "blocks", self.blocks, 0)
         _check_int("HeadSpec", "upsample", self.upsample, 1)
         _check_int("HeadSpec", "spatial_blocks", self.spatial_blocks, 0)
-        if not isinstance(self.pre_norm, bool):
-            raise TypeError(f"HeadSpec: pre_norm must be a bool, got {self.pre_norm!r}")
+        _check_bool("HeadSpec", "pre_norm", self.pre_norm)
         if self.summary is None and self.spatial is None:
             raise ValueError("HeadSpec: give summary, spatial or both (channels of the teacher)")
         if self.spatial is None and (self.upsample > 1 or self.spatial_blocks):
@@ -385,9 +391,22 @@ class AdaptorHeads(nn.Module):
         Returns:
             per teacher ``(summary (N, C_summary) | None, spatial (T, C_spatial * upsample**2) |
             None)``; the spatial tokens await :func:`pixel_shuffle`.
+
+        Raises:
+            TypeError: an argument of the wrong kind.
+            ValueError: an unknown or missing teacher, or a shape that does not fit.
         """
         names = self.select(only)
         rotations = {} if rotations is None else rotations
+        if not isinstance(rotations, Mapping):
+            kind = type(rotations).__name__
+            raise TypeError(f"rotations must map teacher names to (C, C) tensors, got {kind}")
+        for argument, value in (("summary", summary), ("spatial", spatial)):
+            if value is not None and not isinstance(value, Tensor | Mapping):
+                raise TypeError(
+                    f"AdaptorHeads: {argument} must be a tensor, a mapping of teacher names to "
+                    f"tensors or None, got {type(value).__name__}"
+                )
         for name in rotations:
             self._check_known("rotations", name)
             if name not in self.spatial:
@@ -449,6 +468,11 @@ def _check_int(owner: str, name: str, value: object, least: int) -> None:
         raise ValueError(f"{owner}: {name} must be at least {least}, got {value}")
 
 
+def _check_bool(owner: str, name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{owner}: {name} must be a bool, got {value!r}")
+
+
 def _check_input(owner: str, x: Tensor, head: AdaptorMLP) -> None:
     if not isinstance(x, Tensor) or not x.is_floating_point():
         kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
@@ -457,6 +481,12 @@ def _check_input(owner: str, x: Tensor, head: AdaptorMLP) -> None:
         raise ValueError(f"{owner}: x must be (..., {head.in_features}), got {shape_of(x)}")
     if x.device != head.fc1.weight.device:
         raise ValueError(f"{owner}: x is on {x.device}, the head on {head.fc1.weight.device}")
+    dtype = head.fc1.weight.dtype
+    if x.dtype != dtype and not autocast_enabled(x.device):
+        raise TypeError(
+            f"{owner}: x must have the head's dtype, {dtype}, got {x.dtype}; cast one of them, or "
+            "use torch.autocast"
+        )
 
 
 def _check_rotation(name: str, rotation: Tensor, size: int, device: torch.device) -> None:

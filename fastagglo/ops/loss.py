@@ -114,6 +114,10 @@ class LossTerm:
                         f"{name} must be a number or a floating point tensor with one element; got "
                         f"shape {tuple(value.shape)}, {value.dtype}"
                     )
+                # Elsewhere a look would wait for the device. NaN is let through to the total.
+                looked_at = value.device.type == "cpu" and not torch.compiler.is_compiling()
+                if looked_at and not value.isnan():
+                    _check_number(name, value.item(), positive=name == "dispersion")
             elif value is not None or name != "denominator":
                 _check_number(name, value, positive=name == "dispersion")
         if self.normaliser is not None:
@@ -316,6 +320,11 @@ def _check_pair(i: int, prediction: Any, target: Any, term: Any) -> None:
         raise TypeError(f"terms[{i}] must be a LossTerm; got {type(term).__name__}")
     _check_shapes(f"predictions[{i}]", prediction.shape, f"targets[{i}]", target.shape)
     _check_device(f"targets[{i}]", target, prediction.device)
+    for name in ("weight", "dispersion", "denominator"):
+        value = getattr(term, name)
+        # One number on the CPU goes along with any device.
+        if isinstance(value, Tensor) and value.device.type != "cpu":
+            _check_device(f"terms[{i}].{name}", value, prediction.device)
 
 
 def _check_device(name: str, value: Tensor, device: torch.device) -> None:
@@ -337,6 +346,9 @@ def _affine(name: str, normaliser: Any, prediction: Tensor) -> tuple[Tensor, Ten
     for field, value in (("mean", mean), ("scale", scale), ("rotation", rotation)):
         if value is None:
             continue
+        if not isinstance(value, Tensor) or value.is_complex():
+            got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+            raise TypeError(f"{name}.{field} must be a real tensor; got {got}")
         wanted = ((channels, channels),) if field == "rotation" else ((channels,), ())
         if tuple(value.shape) not in wanted:
             raise ValueError(
@@ -380,6 +392,8 @@ def _shift(
         )
     if not isinstance(shift, Tensor):
         shift = torch.tensor(shift, dtype=torch.float64, device=device)
+    if shift.is_complex():
+        raise TypeError(f"{name} must be real; got {shift.dtype}")
     if tuple(shift.shape) not in ((2,), (images, 2)):
         raise ValueError(f"{name} must have shape (2,) or ({images}, 2); got {tuple(shift.shape)}")
     _check_device(name, shift, device)

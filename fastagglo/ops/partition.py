@@ -175,6 +175,8 @@ def check_merge(
 ) -> MergeRequest:
     """Check the arguments of ``merge_tokens``; see there for what is accepted."""
     _check_tokens("merge_tokens: x", x)
+    if x.dim() and x.shape[-1] == 0:
+        raise ValueError(f"merge_tokens: x must have at least one channel, got {tuple(x.shape)}")
     if layout is None:
         if x.dim() != 3:
             raise ValueError(
@@ -221,7 +223,8 @@ def check_merge(
             f"merge_tokens: protect must be between 0 and the tokens of each image, {lengths}; "
             f"got {protect}"
         )
-    _integer("seed", seed)
+    if not -(2**63) <= _integer("seed", seed) < 2**63:
+        raise ValueError(f"merge_tokens: seed must fit 64 bits with a sign, got {seed}")
     if not isinstance(stride, Sequence) or len(stride) != 2:
         raise ValueError(f"merge_tokens: stride must be (rows, columns), got {stride!r}")
     stride = (_integer("stride", stride[0]), _integer("stride", stride[1]))
@@ -262,8 +265,14 @@ def _check_grids(
             f"merge_tokens: partition {partition!r} needs grid=(h, w) of the unprotected tokens "
             f"(or one per image)"
         )
+    if hasattr(grid, "tolist"):  # an array or a tensor
+        grid = grid.tolist()
+    if isinstance(grid, str) or not isinstance(grid, Sequence):
+        raise TypeError(
+            f"merge_tokens: grid must be (h, w) or one such pair per image, got {_kind(grid)}"
+        )
     entries = list(grid)
-    if len(entries) == 2 and not isinstance(entries[0], Sequence | torch.Size):
+    if len(entries) == 2 and not any(isinstance(entry, Sequence) for entry in entries):
         entries = [entries] * len(free)
     if len(entries) != len(free):
         raise ValueError(
@@ -272,6 +281,8 @@ def _check_grids(
         )
     grids = []
     for image, (entry, tokens) in enumerate(zip(entries, free, strict=True)):
+        if not isinstance(entry, Sequence):
+            raise TypeError(f"merge_tokens: grid of image {image} must be (h, w), got {entry!r}")
         if len(entry) != 2:
             raise ValueError(f"merge_tokens: grid of image {image} must be (h, w), got {entry!r}")
         h, w = _integer("grid", entry[0]), _integer("grid", entry[1])

@@ -463,6 +463,15 @@ def test_autocast(bias_grad):
         assert packed_attention(*double, layout).dtype == torch.float64
 
 
+def test_shapes_on_the_meta_device():
+    layout = PackedLayout.from_lengths([2, 3], 6, device="meta")
+    q = torch.empty(6, 2, 8, device="meta", requires_grad=True)
+    out = packed_attention(q, q, q, layout, key_bias=torch.empty(6, device="meta"))
+    assert out.shape == (6, 2, 8)
+    out.sum().backward()
+    assert q.grad.shape == (6, 2, 8)
+
+
 def test_no_grad_and_inference_mode():
     qkv, key_bias, layout = random_inputs([5, 9], bias="token")
     expected = packed_attention(*qkv, layout, key_bias=key_bias)

@@ -219,6 +219,12 @@ def test_layer_norm_is_fp32_under_autocast_and_in_bf16_modules() -> None:
     assert half(x.bfloat16(), rotation(5)).dtype == torch.bfloat16
 
 
+def test_shapes_on_the_meta_device() -> None:
+    head = make(upsample=2).to("meta", torch.float32)
+    x, r = torch.empty(2, 3, 4, 6, device="meta"), torch.eye(5, device="meta")
+    assert adaptor_mlp(x, head, rotation=r).shape == (2, 6, 8, 5)
+
+
 def test_compiles_without_breaks() -> None:
     head, x, matrix = make(upsample=2, blocks=1), grid(1, 2, 2, 6), rotation(5)
     compiled = torch.compile(adaptor_mlp, backend="aot_eager", fullgraph=True)
@@ -243,6 +249,8 @@ class TestErrors:
             AdaptorMLP(6, 7, 5.0)
         with pytest.raises(TypeError, match="blocks must be an int, got True"):
             AdaptorMLP(6, 7, 5, blocks=True)
+        with pytest.raises(TypeError, match="pre_norm must be a bool, got 'no'"):
+            AdaptorMLP(6, 7, 5, pre_norm="no")
 
     def test_inputs(self) -> None:
         head = make()
@@ -258,6 +266,14 @@ class TestErrors:
             head(torch.empty(2, 6, device="meta"))
         with pytest.raises(ValueError, match=r"\(N, h, w, 6\) because upsample is 2, got \(4, 6\)"):
             make(upsample=2)(grid(4, 6))
+
+    def test_input_of_another_dtype(self) -> None:
+        for head in (make(), make(pre_norm=True)):
+            for call in (head, lambda x, head=head: adaptor_mlp(x, head)):
+                with pytest.raises(TypeError, match=r"x must have the head's dtype, torch.float64"):
+                    call(grid(2, 6).bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert make().float()(grid(2, 6).bfloat16()).shape == (2, 5)
 
     def test_rotation(self) -> None:
         head, x = make(), grid(2, 6)
@@ -326,6 +342,12 @@ class TestErrors:
             heads(torch.zeros(2, 3, 6), spatial)
         with pytest.raises(ValueError, match="spatial lacks teacher 'sam'"):
             heads(summary, {"clip": spatial})
+        with pytest.raises(TypeError, match=r"summary must be a tensor, a mapping .*got list"):
+            heads([summary], spatial)
+        with pytest.raises(TypeError, match=r"spatial must be a tensor, a mapping .*got list"):
+            heads(summary, [spatial])
+        with pytest.raises(TypeError, match=r"rotations must map .*got list"):
+            heads(summary, spatial, [torch.eye(3)])
 
 
 def test_spec_round_trip() -> None:

@@ -47,6 +47,18 @@ WRONG = {
         term=LossTerm("mse", normaliser=Affine(torch.ones(4), torch.tensor(1.0))))),
     "rotation": (ValueError, r"rotation.*\(5, 5\)", lambda: call(
         term=LossTerm("mse", normaliser=Affine(torch.ones(5), torch.ones(5), torch.ones(5))))),
+    "rotation type": (TypeError, r"normaliser.rotation must be .*got list", lambda: call(
+        term=LossTerm("mse", normaliser=Affine(torch.ones(5), torch.ones(5), [1.0])))),
+    "complex mean": (TypeError, r"normaliser.mean must be .*complex64", lambda: call(
+        term=LossTerm("mse", normaliser=Affine(torch.ones(5) * 1j, torch.ones(5))))),
+    "complex shift": (TypeError, r"shift must be real.*complex64", lambda: call(
+        term=LossTerm("mse", shift=torch.ones(2) * 1j))),
+    "weight device": (ValueError, r"terms\[0\].weight must be on", lambda: call(
+        term=LossTerm("mse", META[0, 0, 0, 0]))),
+    "negative weight": (ValueError, "weight must be finite and >= 0; got -1", lambda: LossTerm(
+        "mse", torch.tensor(-1.0))),
+    "zero dispersion": (ValueError, "dispersion must be finite and > 0; got 0", lambda: LossTerm(
+        "angular", dispersion=torch.tensor(0.0))),
     "mean device": (ValueError, "normaliser.mean must be on", lambda: call(
         term=LossTerm("mse", normaliser=Affine(META[0, 0, 0], torch.ones(5))))),
     "shift shape": (ValueError, r"shift.*\(2,\) or \(2, 2\)", lambda: call(

@@ -310,6 +310,14 @@ STRIDED = {"partition": "strided", "protect": 1}
         (ValueError, r"image 0 must be \(h, w\)", {"keep": 5, "grid": [(3, 4, 1)] * 2, **STRIDED}),
         (ValueError, "-3 x -4", {"keep": 5, "grid": (-3, -4), **STRIDED}),
         (TypeError, "grid must be an int", {"keep": 5, "grid": (3.0, 4.0), **STRIDED}),
+        (TypeError, r"grid must be \(h, w\).*got int", {"keep": 5, "grid": 12, **STRIDED}),
+        (
+            TypeError,
+            r"image 1 must be \(h, w\), got 12",
+            {"keep": 5, "grid": [(3, 4), 12], **STRIDED},
+        ),
+        (ValueError, "seed must fit", {"keep": 5, "seed": 2**64}),
+        (ValueError, r"at least one channel.*\(2, 13, 0\)", {"x": X[..., :0], "keep": 5}),
         (ValueError, "stride must be at least", {"keep": 5, "stride": (0, 2)}),
         (ValueError, r"stride must be \(rows, columns\)", {"keep": 5, "stride": 2}),
         (
