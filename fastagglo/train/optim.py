@@ -26,21 +26,28 @@ def build_optimiser(student: Student, extra: nn.Module, settings: OptimiserSetti
     undecayed = student.no_weight_decay()
     layers = student.layer_ids()
     top = max(layers.values())
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    trunk = {id(parameter) for parameter in student.trunk_parameters()}
+    groups: dict[tuple[float, float, str], list[nn.Parameter]] = {}
     for name, parameter in student.named_parameters():
         decay = 0.0 if name in undecayed else settings.weight_decay
         scale = settings.layer_decay ** (top - layers[name])
-        groups.setdefault((decay, scale), []).append(parameter)
+        # What may begin to learn at a time of its own has its own group: the trunk is thawed, and
+        # each spatial head starts afresh when it is rotated (see `forget`).
+        start = ".".join(name.split(".")[:3]) if name.startswith("heads.spatial.") else "heads"
+        start = "trunk" if id(parameter) in trunk else start
+        groups.setdefault((decay, scale, start), []).append(parameter)
     if others := list(extra.parameters()):
-        groups.setdefault((0.0, 1.0), []).extend(others)
+        groups.setdefault((0.0, 1.0, "heads"), []).extend(others)
     parameter_groups = [
         {"params": parameters, "weight_decay": decay, "lr_scale": scale}
-        for (decay, scale), parameters in groups.items()
+        for (decay, scale, _), parameters in groups.items()
     ]
     if settings.name == "lamb":
         timm_optim = require("timm.optim", extra="train", purpose="the LAMB optimiser")
         # Clipping happens in the loop for every optimiser alike, so LAMB's own is off.
-        return timm_optim.Lamb(parameter_groups, lr=1.0, betas=settings.betas, max_grad_norm=None)
+        lamb = timm_optim.Lamb(parameter_groups, lr=1.0, betas=settings.betas, max_grad_norm=None)
+        lamb.register_step_pre_hook(_start_clocks)
+        return lamb
     fused = all(p.device.type in ("cpu", "cuda") for g in parameter_groups for p in g["params"])
     return torch.optim.AdamW(parameter_groups, lr=1.0, betas=settings.betas, fused=fused)
 
@@ -55,3 +62,15 @@ def forget(optimiser: Optimizer, module: nn.Module) -> None:
     """Drop the optimiser's running averages of a module whose basis has just been changed."""
     for parameter in module.parameters():
         optimiser.state.pop(parameter, None)
+
+
+def _start_clocks(optimiser: Optimizer, *_: object) -> None:
+    """Let the step count of a group begin with its averages.
+
+    timm's LAMB counts steps per group, frozen ones too. Averages that begin at zero need the bias
+    correction of a first step; without it undecayed parameters would move by up to 6.6 times the
+    learning rate when they are thawed (at the default betas, after 12 steps).
+    """
+    for group in optimiser.param_groups:
+        if not any(parameter in optimiser.state for parameter in group["params"]):
+            group.pop("step", None)
