@@ -155,6 +155,7 @@ class Distiller(nn.Module):
         """Give rank 0 the statistics of all ranks, for its checkpoint, and leave the others none.
 
         Their sum over ranks, which `refresh` puts into use, stays the same. A collective call.
+        (Dispersions that go on from there know the mean direction of all ranks a little sooner.)
         """
         if not dist.is_initialized():
             return
