@@ -9,6 +9,7 @@ that any run can be repeated or varied.
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -307,7 +308,7 @@ def check_config(config: RunConfig) -> None:
         raise UserError(f"setting {setting} is {value!r}: {expected}")
 
     def in_range(setting: str, value: float, low: float, high: float = float("inf")) -> None:
-        if not low <= value <= high:
+        if not low <= value <= high or math.isinf(value):
             refuse(
                 setting,
                 value,
@@ -329,7 +330,7 @@ def check_config(config: RunConfig) -> None:
             refuse("teachers", name, "this name is taken by the average of the student")
         if not teacher.model:
             refuse(f"{here}.model", "", "name the model to load")
-        for setting in ("summary_weight", "spatial_weight"):
+        for setting in ("summary_weight", "spatial_weight", "scale"):
             in_range(f"{here}.{setting}", getattr(teacher, setting), 0)
         if teacher.summary_weight == teacher.spatial_weight == 0:
             refuse(
@@ -337,11 +338,20 @@ def check_config(config: RunConfig) -> None:
             )
         if teacher.spatial_loss == "angular":
             refuse(f"{here}.spatial_loss", "angular", "the angular loss is for summaries")
-        if teacher.scale <= 0:
+        if teacher.scale == 0:
             refuse(f"{here}.scale", teacher.scale, "it must be above 0")
         if teacher.mosaic and config.distill.shift_std > 0 and len(teacher.sizes) > 1:
             refuse(f"{here}.sizes", teacher.sizes, "a mosaic teacher has one input size")
-        in_range(f"{here}.head.upsample", teacher.head.upsample, 1)
+        for size in teacher.sizes:
+            in_range(f"{here}.sizes", size, 1)
+        for setting, least in (
+            ("hidden", 1),
+            ("blocks", 0),
+            ("upsample", 1),
+            ("spatial_blocks", 0),
+        ):
+            if (value := getattr(teacher.head, setting)) is not None:
+                in_range(f"{here}.head.{setting}", value, least)
     for index, stage in enumerate(config.stages):
         here = f"stages.{index}"
         in_range(f"{here}.steps", stage.steps, 1)
@@ -349,7 +359,8 @@ def check_config(config: RunConfig) -> None:
         in_range(f"{here}.phi_s_steps", stage.phi_s_steps, 0, stage.steps)
         in_range(f"{here}.freeze_trunk_steps", stage.freeze_trunk_steps, 0)
         in_range(f"{here}.final_lr_ratio", stage.final_lr_ratio, 0, 1)
-        if stage.lr <= 0:
+        in_range(f"{here}.lr", stage.lr, 0)
+        if stage.lr == 0:
             refuse(f"{here}.lr", stage.lr, "it must be above 0")
         if not stage.groups:
             refuse(f"{here}.groups", (), "a stage needs at least one group of images")
@@ -376,6 +387,12 @@ def check_config(config: RunConfig) -> None:
         )
     if not data.images:
         refuse("data.images", (), "give builtin, a folder or tar shards")
+    for weight in data.weights:
+        in_range("data.weights", weight, 0)
+        if weight == 0:
+            refuse("data.weights", weight, "it must be above 0; leave the images out instead")
+    in_range("data.min_size", data.min_size, 0)
+    in_range("data.uniform_std", data.uniform_std, 0, 255)
     in_range("data.holdout_photos", data.holdout_photos or 0, 0, 0.9)
     in_range("data.holdout_region", data.holdout_region, 0, 0.9)
     in_range("data.max_bad_share", data.max_bad_share, 0, 1)
@@ -386,10 +403,25 @@ def check_config(config: RunConfig) -> None:
             data.crop_scale,
             "give least and largest area with 0 < least <= largest <= 1",
         )
+    in_range("seed", config.seed, 0)
+    in_range("threads", config.threads, 0)
+    for beta in config.optimiser.betas:
+        in_range("optimiser.betas", beta, 0, 0.999999)
     in_range("optimiser.accumulate", config.optimiser.accumulate, 1)
     in_range("optimiser.clip", config.optimiser.clip, 0)
     in_range("optimiser.weight_decay", config.optimiser.weight_decay, 0)
     in_range("optimiser.layer_decay", config.optimiser.layer_decay, 0.01, 1)
+    for setting, least in (
+        ("registers", 0),
+        ("depth", 1),
+        ("patch_size", 1),
+        ("max_resolution", 1),
+        ("global_layers", 1),
+    ):
+        if (value := getattr(config.student, setting)) is not None:
+            in_range(f"student.{setting}", value, least)
+    for window in config.student.windows:
+        in_range("student.windows", window, 1)
     in_range("student.window_probability", config.student.window_probability, 0, 1)
     in_range("student.drop_path", config.student.drop_path, 0, 0.99)
     if config.student.window_probability > 0 and not config.student.windows:
@@ -406,6 +438,8 @@ def check_config(config: RunConfig) -> None:
     in_range("log.checkpoint_every", config.log.checkpoint_every, 1)
     in_range("log.max_bad_steps", config.log.max_bad_steps, 1)
     in_range("eval.points", config.eval.points, 0)
+    in_range("eval.photos", config.eval.photos, 1)
+    in_range("eval.pictures", config.eval.pictures, 0)
 
 
 def _without_none(value: Any) -> Any:

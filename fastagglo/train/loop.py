@@ -105,7 +105,10 @@ class Trainer:
         self.teachers = load_teachers(config, device)
         self._check_widths()
         widths = {n: (t.spec.summary, t.spec.spatial) for n, t in self.teachers.items()}
-        student = build_student(config, widths).to(device)
+        try:
+            student = build_student(config, widths).to(device)
+        except ValueError as error:  # settings that contradict each other
+            raise UserError(f"setting student: {error}") from error
         self.planner = Planner(
             config,
             {n: t.spec for n, t in self.teachers.items()},
@@ -216,7 +219,10 @@ class Trainer:
         for micro in range(micro_steps):
             with telemetry.phase("data"):
                 batch = next(batches)
-                self.skips.update(batch.skipped, len(batch.keys), batch.bad)
+                try:
+                    self.skips.update(batch.skipped, len(batch.keys), batch.bad)
+                except UserError as error:
+                    raise UserError(f"setting data.max_bad_share: {error}") from error
                 batch = batch.to(self.device)
             with telemetry.phase("teachers"):
                 targets = teacher_features(self.teachers, batch.groups, config.teachers)

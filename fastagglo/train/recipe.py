@@ -160,12 +160,14 @@ def save_config(config: RunConfig, folder: Path) -> None:
 
 
 def _value_of(option: str, arguments: list[str]) -> str | None:
+    """The value of an option on the command line, the last one as for every other option."""
+    found = None
     for index, argument in enumerate(arguments):
         if argument == option and index + 1 < len(arguments):
-            return arguments[index + 1]
-        if argument.startswith(option + "="):
-            return argument.removeprefix(option + "=")
-    return None
+            found = arguments[index + 1]
+        elif argument.startswith(option + "="):
+            found = argument.removeprefix(option + "=")
+    return found
 
 
 def _fields_at(location: tuple[str | int, ...]) -> list[str]:

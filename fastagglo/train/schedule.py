@@ -32,7 +32,8 @@ class Planner:
 
     Raises:
         UserError: a group's images cannot be divided over ranks and micro-steps; a resolution is
-            no multiple of the student's patch; a teacher does not accept a size.
+            no multiple of the student's patch; no window divides the images of any stage; a
+            teacher does not accept a size.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Planner:
                     self._check_student_size(f"{here}.sizes", size)
         for size in config.eval.sizes:
             self._check_student_size("eval.sizes", size)
+        self._check_windows()
         for size in {
             *self.eval_sizes(),
             *(s for st in config.stages for g in st.groups for s in g.sizes),
@@ -130,6 +132,19 @@ class Planner:
             raise UserError(
                 f"setting {setting} has {size}: the position table ends at {limit} pixels; raise "
                 "student.max_resolution"
+            )
+
+    def _check_windows(self) -> None:
+        student = self.config.student
+        fits = any(
+            all(any(s // self.patch_size % window == 0 for s in g.sizes) for g in stage.groups)
+            for window in student.windows
+            for stage in self.config.stages
+        )
+        if student.window_probability > 0 and not fits:
+            raise UserError(
+                f"setting student.windows is {student.windows}: none of them divides the images of "
+                f"any stage, which are sizes over {self.patch_size} tokens wide"
             )
 
     def _check_teacher_size(self, name: str, size: int) -> None:

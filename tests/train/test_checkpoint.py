@@ -299,7 +299,7 @@ def test_a_kill_during_the_write_leaves_the_last_checkpoint(tmp_path, monkeypatc
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     assert path.read_bytes() == before
     # What the kill left behind does no harm.
-    save_checkpoint({"format": 1, "step": 3}, tmp_path)
+    save_checkpoint({"format": 1, "step": 3, "config": {}}, tmp_path)
     assert load_checkpoint(tmp_path, CPU)["step"] == 3
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
