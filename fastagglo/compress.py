@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -73,8 +74,9 @@ def compress(
     """
     groups = _groups(features)
     masks = _masks(valid, groups)
-    if isinstance(tokens, bool) or not isinstance(tokens, int):
+    if isinstance(tokens, bool) or not isinstance(tokens, Integral):
         raise TypeError(f"compress: tokens must be an int, got {type(tokens).__name__}")
+    tokens = int(tokens)
     if tokens < 1:
         raise ValueError(f"compress: tokens must be at least 1, got {tokens}")
     parts = []
@@ -168,6 +170,11 @@ def _masks(
 ) -> list[Tensor | None]:
     if valid is None:
         return [None] * len(groups)
+    if not isinstance(valid, Tensor | Sequence):
+        raise TypeError(
+            f"compress: valid must be a bool tensor (N, h, w), or a list of such, got "
+            f"{type(valid).__name__}"
+        )
     masks = [valid] if isinstance(valid, Tensor) else list(valid)
     if len(masks) != len(groups):
         raise ValueError(

@@ -17,6 +17,9 @@ class Dispersion(nn.Module):
 
     Args:
         channels: width of the summary vectors.
+
+    Raises:
+        ValueError: ``channels`` is not a positive int.
     """
 
     count: Tensor
@@ -25,13 +28,36 @@ class Dispersion(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        if not isinstance(channels, int) or channels < 1:
+            raise ValueError(f"channels: expected a positive int, got {channels!r}")
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("direction", torch.zeros(channels, dtype=torch.float64))
         self.register_buffer("squared_angles", torch.zeros((), dtype=torch.float64))
 
     @torch.no_grad()
     def update(self, summaries: Tensor) -> None:
-        """Take in a batch ``(N, C)`` of finite summary vectors."""
+        """Take in a batch of summary vectors. On a GPU it waits for the device once.
+
+        Args:
+            summaries: ``(N, C)``, any floating dtype.
+
+        Raises:
+            TypeError: not a floating-point tensor.
+            ValueError: another shape, or NaN or infinity, with the estimate unchanged.
+        """
+        if not isinstance(summaries, Tensor) or not summaries.is_floating_point():
+            kind = summaries.dtype if isinstance(summaries, Tensor) else type(summaries).__name__
+            raise TypeError(f"summaries: expected a floating-point tensor, got {kind}")
+        if summaries.dim() != 2 or summaries.shape[1] != len(self.direction):
+            raise ValueError(
+                f"summaries: expected the shape (N, {len(self.direction)}), got "
+                f"{tuple(summaries.shape)}"
+            )
+        if bad := int((~torch.isfinite(summaries).all(dim=1)).sum()):
+            raise ValueError(
+                f"summaries: {bad} of {len(summaries)} rows contain NaN or infinity; look for what "
+                "made them"
+            )
         unit = nn.functional.normalize(summaries.double(), dim=-1)
         self.direction += unit.sum(0)
         cosine = unit @ nn.functional.normalize(self.direction, dim=0)

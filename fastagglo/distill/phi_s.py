@@ -5,7 +5,7 @@ From "PHI-S: Distribution Balancing for Label-Free Multi-Teacher Distillation" (
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.distributed as dist
@@ -36,8 +36,9 @@ class PhiS(PreciseBuffers):
     - ``"standardize"``: ``y' = (y - mu) / sigma`` per channel. A constant channel gets sigma 1.
 
     The module is at once the ``normaliser`` of a :class:`~fastagglo.ops.LossTerm`: it has ``mean``,
-    ``scale`` and ``rotation``. Its state is made of buffers, so it rides in a checkpoint and loads
-    into a fresh ``PhiS(channels)``, finished or not; the buffers stay float64 under ``.to(dtype)``.
+    ``scale`` and ``rotation``, and unpacks into these three. Its state is made of buffers, so it
+    rides in a checkpoint and loads into a fresh ``PhiS(channels)``, finished or not; the buffers
+    stay float64 under ``.to(dtype)``.
 
     Typical use: ``update`` on the features of the first few thousand steps, ``all_reduce`` once,
     ``finish``, ``broadcast``. ``affine`` serves the loss meanwhile.
@@ -98,8 +99,13 @@ class PhiS(PreciseBuffers):
             batches: list[Tensor] | Iterable[Tensor] = [features]
         elif valid is not None:
             raise ValueError("valid: expected None with an iterable of features; use update()")
-        else:
+        elif isinstance(features, Iterable):
             batches = features
+        else:
+            raise TypeError(
+                "features: expected a tensor or an iterable of tensors, got "
+                f"{type(features).__name__}"
+            )
         phi_s: PhiS | None = None
         for batch in batches:
             if phi_s is None:
@@ -295,6 +301,10 @@ class PhiS(PreciseBuffers):
             ValueError: fewer than two rows were seen.
         """
         return Affine(self.mean, self.scale)
+
+    def __iter__(self) -> Iterator[Tensor | None]:
+        """``mean, scale, rotation = PhiS.fit(features)``."""
+        return iter((self.mean, self.scale, self.rotation))
 
     def transform(self, y: Tensor) -> Tensor:
         """Features to normalised features: ``(..., C)`` in and out, same dtype, float64 inside.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -151,6 +152,8 @@ class StudentConfig:
     def _check_number(self, key: str, value: object) -> None:
         if not isinstance(value, int | float) or isinstance(value, bool):
             raise TypeError(f"StudentConfig: {key} must be a number, got {value!r}")
+        if not math.isfinite(value):
+            raise ValueError(f"StudentConfig: {key} must be finite, got {value}")
 
     def _check_global_layers(self) -> None:
         layers = self.global_layers

@@ -8,7 +8,7 @@ arXiv 2307.06304, without its padding). All index arithmetic is done once per mi
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +56,11 @@ class PackedBatch:
             raise TypeError(
                 "PackedBatch.from_images: expected a list of (N, 3, H, W) tensors, got one tensor "
                 f"{shape_of(images)}; wrap it in a list"
+            )
+        if not isinstance(images, Iterable):
+            raise TypeError(
+                "PackedBatch.from_images: expected a list of (N, 3, H, W) tensors, got "
+                f"{type(images).__name__}"
             )
         groups = tuple(images)
         if not groups:

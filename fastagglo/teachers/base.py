@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from fastagglo.errors import UserError
 from fastagglo.features import Features
 
+# Float images may overshoot [0, 1] by this much: rounding of half precision and of resizes.
+RANGE_SLACK = 1e-3
+
 DTYPES = {
     "fp32": torch.float32,
     "float32": torch.float32,
@@ -137,7 +140,8 @@ class Teacher(nn.Module):
 
         Raises:
             TypeError: not a tensor, or neither floating nor uint8.
-            ValueError: wrong shape, size or device; the message says which sizes are accepted.
+            ValueError: wrong shape, size or device (the message says which sizes are accepted); on
+                the CPU also floats outside [0, 1].
         """
         spec = self.spec
         grid = self._check(images)
@@ -174,7 +178,19 @@ class Teacher(nn.Module):
                 f"images: on {images.device}, but teacher {self.name!r} is on {self.device}; "
                 f"move one of them"
             )
-        return self.spec.grid((images.shape[2], images.shape[3]))
+        grid = self.spec.grid((images.shape[2], images.shape[3]))
+        # On a GPU a look would wait for the device.
+        checked = images.is_floating_point() and images.device.type == "cpu" and images.numel()
+        if checked and not torch.compiler.is_compiling():
+            low, high = (value.item() for value in torch.aminmax(images))
+            # Written so that a NaN fails too.
+            if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+                raise ValueError(
+                    f"images: must lie in [0, 1], got values from {low:.4g} to {high:.4g}; pass "
+                    f"images that are not normalised (x / 255, or uint8), teacher {self.name!r} "
+                    "normalises them"
+                )
+        return grid
 
     def extra_repr(self) -> str:
         return f"{self.spec}, dtype={self.dtype}"

@@ -339,6 +339,8 @@ def test_reset_starts_anew() -> None:
 def test_fit_takes_an_iterable() -> None:
     y = correlated(96, 8).reshape(2, 6, 8, 8)
     assert_same_statistics(PhiS.fit(iter(y)), PhiS.fit(y))
+    with pytest.raises(TypeError, match=r"features: expected a tensor or an iterable.*NoneType"):
+        PhiS.fit(None)
     with pytest.raises(ValueError, match="empty"):
         PhiS.fit([])
     with pytest.raises(ValueError, match="valid"):
@@ -411,3 +413,11 @@ def test_wrong_arguments() -> None:
         phi.merge(PhiS(9))
     with pytest.raises(TypeError, match="features"):
         PhiS.fit(torch.zeros(4, 4, dtype=torch.int32))
+
+
+def test_unpacks_into_mean_scale_and_rotation() -> None:
+    phi_s = PhiS.fit(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))
+    mean, scale, rotation = phi_s
+    assert torch.equal(mean, phi_s.mean)
+    assert torch.equal(scale, phi_s.scale)
+    assert torch.equal(rotation, phi_s.rotation)

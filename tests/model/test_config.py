@@ -180,6 +180,7 @@ class TestErrors:
             ({"mlp": "relu"}, ValueError, "'gelu' or 'swiglu', got 'relu'"),
             ({"max_resolution": 8}, ValueError, "at least patch_size=16, got 8"),
             ({"layer_scale": "x"}, TypeError, "layer_scale must be a number"),
+            ({"layer_scale": float("nan")}, ValueError, "layer_scale must be finite, got nan"),
             ({"drop_path": 1.0}, ValueError, r"drop_path must be in \[0, 1\), got 1.0"),
             ({"norm_eps": 0.0}, ValueError, "norm_eps must be positive"),
             ({"window": 0}, ValueError, "window must be at least 1"),

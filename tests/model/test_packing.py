@@ -47,6 +47,8 @@ class TestPackedBatch:
     def test_rejects(self) -> None:
         with pytest.raises(TypeError, match=r"got one tensor \(1, 3, 16, 16\); wrap it in a list"):
             PackedBatch.from_images(images(1, 16, 16))
+        with pytest.raises(TypeError, match=r"expected a list of .* tensors, got NoneType"):
+            PackedBatch.from_images(None)
         with pytest.raises(ValueError, match="at least one group"):
             PackedBatch.from_images([])
         with pytest.raises(TypeError, match=r"images\[1\] must be a tensor .*, got list"):

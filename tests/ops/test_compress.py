@@ -170,6 +170,7 @@ X = randn(2, 6, 6, 4)
         (ValueError, "partition must be one of", {"partition": "odd"}),
         (ValueError, "NaN", {"features": X * torch.nan}),
         (TypeError, "bool", {"valid": torch.ones(2, 6, 6)}),
+        (TypeError, "valid must be a bool tensor .*got int", {"valid": 3}),
         (ValueError, r"must be \(2, 6, 6\)", {"valid": torch.ones(2, 6, 5, dtype=torch.bool)}),
         (ValueError, "one entry per group", {"features": [X, X], "valid": [None]}),
         (ValueError, "rectangle", {"valid": torch.eye(6).bool().expand(2, 6, 6)}),

@@ -177,6 +177,9 @@ def test_empty_batch():
         (torch.zeros(1, 1, 96, 96), ValueError, r"\(N, 3, H, W\)"),
         (torch.zeros(1, 3, 96, 96, dtype=torch.int64), TypeError, "torch.int64"),
         ([1], TypeError, "got list"),
+        (torch.full((1, 3, 96, 96), 255.0), ValueError, r"must lie in \[0, 1\].*from 255 to 255"),
+        (torch.full((1, 3, 96, 96), -1.0), ValueError, r"must lie in \[0, 1\]"),
+        (torch.full((1, 3, 96, 96), torch.nan), ValueError, r"must lie in \[0, 1\].*nan"),
         (torch.zeros(1, 3, 96, 96, device="meta"), ValueError, "on meta"),
     ],
 )
