@@ -309,12 +309,8 @@ def check_config(config: RunConfig) -> None:
 
     def in_range(setting: str, value: float, low: float, high: float = float("inf")) -> None:
         if not low <= value <= high or math.isinf(value):
-            refuse(
-                setting,
-                value,
-                f"it must be at least {low:g}"
-                + (f" and at most {high:g}" * (high != float("inf"))),
-            )
+            most = f" and at most {high:g}" if high != float("inf") else " and finite"
+            refuse(setting, value, f"it must be at least {low:g}{most}")
 
     if not config.teachers:
         refuse(

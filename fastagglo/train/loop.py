@@ -124,7 +124,10 @@ class Trainer:
         ).to(device)
         self.warm_start: WarmStart | None = None
         if config.student.init and resume is None:
-            self.warm_start = warm_start(student, Path(config.student.init))
+            try:
+                self.warm_start = warm_start(student, Path(config.student.init))
+            except UserError as error:
+                raise UserError(f"setting student.init: {error}") from error
             self.distiller.heads_are_in_teacher_space(self.warm_start.copied)
         self.ema = make_ema(student, config.distill.ema_decay) if config.distill.ema_decay else None
         self.optimiser = build_optimiser(student, self.distiller.balancer, config.optimiser)

@@ -215,3 +215,26 @@ def interrupt(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
         monkeypatch.setattr(Telemetry, "step", step)
 
     return at
+
+
+@pytest.fixture(scope="session")
+def differences() -> Callable[..., list[str]]:
+    """``differences(a, b)``: where two nested states differ in any bit."""
+    return _differences
+
+
+def _differences(a: object, b: object, where: str = "") -> list[str]:
+    """Where two nested states differ in any bit."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        return [] if same else [where]
+    if isinstance(a, dict) and isinstance(b, dict):
+        if a.keys() != b.keys():
+            return [f"{where}: {sorted(map(str, a.keys() ^ b.keys()))}"]
+        return [d for key in a for d in _differences(a[key], b[key], f"{where}.{key}")]
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        if len(a) != len(b):
+            return [f"{where}: {len(a)} and {len(b)}"]
+        both = zip(a, b, strict=True)
+        return [d for i, (x, y) in enumerate(both) for d in _differences(x, y, f"{where}.{i}")]
+    return [] if a == b else [f"{where}: {a!r} and {b!r}"]

@@ -43,33 +43,22 @@ def rows(folder: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if k not in MEASURED} for row in found]
 
 
-def differences(a: object, b: object, where: str = "") -> list[str]:
-    """Where two nested states differ in any bit."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
-        return [] if same else [where]
-    if isinstance(a, dict) and isinstance(b, dict):
-        if a.keys() != b.keys():
-            return [f"{where}: {sorted(map(str, a.keys() ^ b.keys()))}"]
-        return [d for key in a for d in differences(a[key], b[key], f"{where}.{key}")]
-    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
-        if len(a) != len(b):
-            return [f"{where}: {len(a)} and {len(b)}"]
-        both = zip(a, b, strict=True)
-        return [d for i, (x, y) in enumerate(both) for d in differences(x, y, f"{where}.{i}")]
-    return [] if a == b else [f"{where}: {a!r} and {b!r}"]
-
-
 def state(folder: Path, *leave_out: str) -> dict:
     found = torch.load(folder / "checkpoint.pt", weights_only=True)
     return {key: value for key, value in found.items() if key not in ("config", *leave_out)}
 
 
-def assert_same_run(folder: Path, reference: Path) -> None:
-    assert differences(state(folder), state(reference)) == []
-    assert rows(folder) == rows(reference)
-    ours, theirs = (load_student(f / "student").state_dict() for f in (folder, reference))
-    assert differences(ours, theirs) == []
+@pytest.fixture
+def assert_same_run(differences):
+    """Every bit of two runs is the same: state, rows and exported student."""
+
+    def check(folder: Path, reference: Path) -> None:
+        assert differences(state(folder), state(reference)) == []
+        assert rows(folder) == rows(reference)
+        ours, theirs = (load_student(f / "student").state_dict() for f in (folder, reference))
+        assert differences(ours, theirs) == []
+
+    return check
 
 
 # The whole run with all that has state or draws random numbers.
@@ -120,14 +109,14 @@ def test_the_reference_run_uses_every_feature(whole):
     ],
     ids=lambda off: json.dumps(off).translate(str.maketrans("", "", '{}" ')),
 )
-def test_each_feature_changes_the_run(whole, tiny, off):
+def test_each_feature_changes_the_run(whole, tiny, off, differences):
     _, reference = whole
     quick = {"eval": {"points": 0}}
     _, folder = tiny.trained(tiny.everything(quick, off))
     assert differences(state(folder, "optimiser", "ema"), state(reference, "optimiser", "ema"))
 
 
-def test_figures_and_workers_leave_the_run_as_it_is(whole, tiny):
+def test_figures_and_workers_leave_the_run_as_it_is(whole, tiny, differences):
     _, reference = whole
     change = {"eval": {"points": 0}, "data": {"workers": 1}, "log": {"interval": 3}}
     _, folder = tiny.trained(tiny.everything(change))
@@ -135,7 +124,9 @@ def test_figures_and_workers_leave_the_run_as_it_is(whole, tiny):
 
 
 @pytest.mark.parametrize("last", [0, 1, 3, 4, 6])
-def test_a_stopped_run_goes_on_bit_for_bit(whole, tiny, interrupt, monkeypatch, last):
+def test_a_stopped_run_goes_on_bit_for_bit(
+    whole, tiny, interrupt, monkeypatch, last, assert_same_run
+):
     _, reference = whole
     settings = tiny.everything()
     folder = tiny.folder / "run"
@@ -155,7 +146,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(whole, tiny, interrupt, monkeypatch, 
 
 
 @pytest.mark.parametrize("balance", ["adaloss", "ratio"])
-def test_lamb_and_running_loss_means_go_on_bit_for_bit(tiny, interrupt, monkeypatch, balance):
+def test_lamb_and_running_loss_means_go_on_bit_for_bit(
+    tiny, interrupt, monkeypatch, balance, assert_same_run
+):
     change = {
         "optimiser": {"name": "lamb"},
         "distill": {"balance": balance},
@@ -209,7 +202,7 @@ def held_process(tiny, step: int):
     return process, folder
 
 
-def test_ctrl_c_in_a_process_writes_a_checkpoint_that_goes_on(whole, tiny):
+def test_ctrl_c_in_a_process_writes_a_checkpoint_that_goes_on(whole, tiny, assert_same_run):
     _, reference = whole
     process, folder = held_process(tiny, 3)
     process.send_signal(signal.SIGINT)
@@ -224,7 +217,7 @@ def test_ctrl_c_in_a_process_writes_a_checkpoint_that_goes_on(whole, tiny):
     assert_same_run(folder, reference)
 
 
-def test_a_killed_process_goes_on_from_its_last_checkpoint(whole, tiny):
+def test_a_killed_process_goes_on_from_its_last_checkpoint(whole, tiny, assert_same_run):
     _, reference = whole
     process, folder = held_process(tiny, 4)
     process.kill()
@@ -251,7 +244,9 @@ def test_a_finished_run_says_so_and_takes_no_step(tiny):
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def test_a_run_that_was_killed_while_it_wrote_its_report_is_not_finished(tiny, monkeypatch):
+def test_a_run_that_was_killed_while_it_wrote_its_report_is_not_finished(
+    tiny, monkeypatch, assert_same_run
+):
     settings = tiny.settings({"eval": {"points": 1, "photos": 2}, "data": {"holdout_region": 0.3}})
     _, reference = tiny.trained(settings, "reference")
     folder = tiny.folder / "run"
@@ -272,7 +267,7 @@ def test_a_run_that_was_killed_while_it_wrote_its_report_is_not_finished(tiny, m
     assert_same_run(folder, reference)
 
 
-def test_ctrl_c_before_the_first_step_leaves_a_run_that_goes_on(tiny, monkeypatch):
+def test_ctrl_c_before_the_first_step_leaves_a_run_that_goes_on(tiny, monkeypatch, assert_same_run):
     settings = tiny.settings()
     _, reference = tiny.trained(settings, "reference")
     folder = tiny.folder / "run"
@@ -366,7 +361,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000))
 """
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tiny, interrupt, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint(tiny, interrupt, monkeypatch, assert_same_run):
     settings = tiny.settings({"log": {"checkpoint_every": 1}})
     _, reference = tiny.trained(settings, "reference")
     folder = tiny.folder / "run"
