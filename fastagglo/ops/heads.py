@@ -129,6 +129,11 @@ class AdaptorMLP(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
+        # The cells of a patch start out equal, as from nearest-neighbour upsampling: independent
+        # draws would print a checkerboard that takes long to unlearn (ICNR, arXiv 1707.02937).
+        with torch.no_grad():
+            last = self.final[2].weight
+            last.copy_(last[:out_features].repeat(upsample**2, 1))
 
     def forward(self, x: Tensor, rotation: Tensor | None = None, *, shuffle: bool = True) -> Tensor:
         """Features of the teacher.

@@ -411,3 +411,10 @@ class TestAdaptorHeads:
 
     def test_no_heads(self) -> None:
         assert AdaptorHeads(6, {})(torch.zeros(2, 0, 6), torch.zeros(3, 6)) == {}
+
+
+def test_the_cells_of_a_patch_start_out_equal():
+    head = AdaptorMLP(8, 8, 5, upsample=2)
+    out = head(torch.randn(1, 3, 4, 8))
+    for dy, dx in ((0, 1), (1, 0), (1, 1)):
+        assert torch.equal(out[:, dy::2, dx::2], out[:, ::2, ::2])
