@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -253,8 +254,6 @@ def test_the_report_is_one_page_that_needs_nothing_else(finished):
 
 
 def test_the_folder_may_move(finished, tmp_path, module_tiny):
-    import shutil
-
     _, folder, _ = finished
     shutil.copytree(folder, tmp_path / "moved")
     outcome = module_tiny.cli("--resume", tmp_path / "moved")
@@ -272,6 +271,46 @@ def test_a_run_may_be_replaced_and_only_what_it_wrote_is(tiny):
     assert [row["step"] for row in rows(folder, "train")] == [0, 1]
     assert (folder / "notes.txt").read_text() == "mine"
     assert not (folder / "tensorboard").exists()
+
+
+# A step.
+
+
+def test_a_step_hands_over_what_the_stream_made(tiny, monkeypatch):
+    trainer = tiny.trainer(tiny.everything({"eval": {"points": 0}}))
+    seen, averages, drawn = [], [], []
+    forward, average = trainer.distiller.forward, trainer.ema.module.forward
+
+    def spy(batch, targets, shifts, **named):
+        seen.append((batch, targets, shifts, named))
+        drawn.append(torch.initial_seed())
+        return forward(batch, targets, shifts, **named)
+
+    def average_spy(batch, **named):
+        averages.append((batch, named["window"]))
+        return average(batch, **named)
+
+    trainer.distiller.forward, trainer.ema.module.forward = spy, average_spy
+    (tiny.folder / "run").mkdir()
+    assert trainer.run(tiny.folder / "run")
+    assert len(seen) == len(averages) == 16
+    # Each micro-step draws position crops, dropped paths and teachers of its own.
+    assert len(set(drawn)) == 16
+    for micro, (batch, targets, shifts, named) in enumerate(seen):
+        expected = trainer.stream[micro]
+        assert named["window"] == averages[micro][1] == expected.plan.window
+        for index, group in enumerate(expected.groups):
+            assert torch.equal(batch.groups[index], group.student)
+            assert torch.equal(averages[micro][0].groups[index], group.teachers["ema"])
+            assert shifts[index].keys() == group.shifts.keys() == {"hog", "lite0", "ema"}
+            assert all(torch.equal(shifts[index][n], shift) for n, shift in group.shifts.items())
+            assert torch.equal(named["average_shifts"][index], group.shifts["ema"])
+            # Each teacher's features are those of its own view.
+            for name, teacher in trainer.teachers.items():
+                own = teacher(group.teachers[name]).spatial
+                torch.testing.assert_close(
+                    targets[index][name].spatial, own, rtol=1e-4, atol=1e-4 * float(own.abs().max())
+                )
 
 
 # Accumulation.
@@ -432,7 +471,9 @@ def test_a_resumed_run_does_not_start_from_the_other_student_again(
     finished, tiny, interrupt, monkeypatch
 ):
     _, folder, _ = finished
-    settings = warm(tiny, folder, {"teachers": LITE0})
+    start = tiny.folder / "start"
+    shutil.copytree(folder / "student", start / "student")
+    settings = warm(tiny, start, {"teachers": LITE0})
     settings["stages"] = [{**settings["stages"][0], "steps": 3, "lr": 1e-2}]
     _, reference = tiny.trained(settings, "reference")
     run = tiny.folder / "run"
@@ -440,6 +481,8 @@ def test_a_resumed_run_does_not_start_from_the_other_student_again(
     interrupt(1)
     assert not tiny.trainer(settings).run(run)
     monkeypatch.undo()
+    shutil.rmtree(start)  # a resumed run has no need of it
     assert tiny.trainer(settings, run).run(run)
+    assert len(rows(run, "warm_start")) == 1
     ours, theirs = (load_student(f / "student").state_dict() for f in (run, reference))
     assert moved(ours, theirs) == set()
