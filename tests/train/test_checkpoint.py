@@ -145,12 +145,12 @@ def test_a_stopped_run_goes_on_bit_for_bit(
     assert_same_run(folder, reference)
 
 
-@pytest.mark.parametrize("balance", ["adaloss", "ratio"])
+@pytest.mark.parametrize(("balance", "precision"), [("adaloss", "fp32"), ("ratio", "bf16")])
 def test_lamb_and_running_loss_means_go_on_bit_for_bit(
-    tiny, interrupt, monkeypatch, balance, assert_same_run
+    tiny, interrupt, monkeypatch, balance, precision, assert_same_run
 ):
     change = {
-        "optimiser": {"name": "lamb"},
+        "optimiser": {"name": "lamb", "precision": precision},
         "distill": {"balance": balance},
         "eval": {"points": 0},
     }
