@@ -42,6 +42,12 @@ class Planner:
         self.config = config
         self.specs = dict(specs)
         self.patch_size = patch_size
+        for name, spec in self.specs.items():
+            if config.teachers[name].mosaic and not spec.input_size:
+                raise UserError(
+                    f"setting teachers.{name}.mosaic is true, but {config.teachers[name].model} "
+                    "takes small images as they are; set it to false"
+                )
         self.shares = world * config.optimiser.accumulate
         for index, stage in enumerate(config.stages):
             for number, group in enumerate(stage.groups):

@@ -193,3 +193,16 @@ def test_a_resolution_that_the_patch_does_not_divide_is_refused():
     hog = TeacherSpec("hog", None, 16, 16, (0.0,) * 3, (1.0,) * 3, None, 36)
     with pytest.raises(UserError, match=r"sizes has 100.*96 and 112"):
         Planner(config, {"hog": hog}, 16)
+
+
+def test_a_mosaic_is_for_teachers_of_one_size():
+    config = config_from_dict(
+        {
+            "teachers": {"hog": {"model": "hog", "summary_weight": 0.0, "mosaic": True}},
+            "stages": [{"phi_s_steps": 1}],
+        },
+        "x",
+    )
+    hog = TeacherSpec("hog", None, 16, 16, (0.0,) * 3, (1.0,) * 3, None, 36)
+    with pytest.raises(UserError, match=r"teachers\.hog\.mosaic is true, but hog takes small"):
+        Planner(config, {"hog": hog}, 16)
