@@ -41,8 +41,10 @@ class TestPackedBatch:
     )
     def test_accepts(self, dtype: torch.dtype) -> None:
         group = images(1, 16, 16) if dtype == torch.uint8 else torch.rand(1, 3, 16, 16).to(dtype)
-        PackedBatch.from_images([group])
-        PackedBatch.from_images((group.contiguous(memory_format=torch.channels_last),))
+        for given in ([group], (group.contiguous(memory_format=torch.channels_last),)):
+            batch = PackedBatch.from_images(given)
+            assert batch.groups[0].dtype == dtype
+            assert torch.equal(batch.groups[0], group)
 
     def test_rejects(self) -> None:
         with pytest.raises(TypeError, match=r"got one tensor \(1, 3, 16, 16\); wrap it in a list"):

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 import threading
 
 import pytest
@@ -10,14 +9,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from fastagglo.errors import UserError
 from fastagglo.ops import attention
 from fastagglo.ops.attention import packed_attention
-from fastagglo.ops.backend import use_backend
 from fastagglo.ops.layout import PackedLayout
 from fastagglo.ops.reference.attention import packed_attention as twin
 
@@ -583,100 +579,3 @@ def test_threads():
         thread.join()
     for result in results:
         assert all(torch.equal(result[name], expected[name]) for name in expected)
-
-
-# --- backends and errors
-
-
-def test_backends_that_cannot_run():
-    qkv, _, layout = random_inputs([5])
-    with (
-        use_backend("triton"),
-        pytest.raises(ValueError, match=r"packed_attention has no backend 'triton'"),
-    ):
-        packed_attention(*qkv, layout)
-    with use_backend("xformers"), pytest.raises(ValueError, match=r"runs on cuda tensors"):
-        packed_attention(*qkv, layout)
-
-
-def _pretend_cuda(monkeypatch):
-    monkeypatch.setattr(attention, "resolve", lambda *_: "xformers")
-
-
-def test_xformers_is_called_with_the_layout(monkeypatch):
-    """The kernel needs CUDA; here its place is taken by the mathematics of its mask."""
-    xformers_ops = pytest.importorskip("xformers.ops")
-
-    def attend(q, k, v, attn_bias, scale):
-        mask = attn_bias.materialize((q.shape[1], k.shape[1]), dtype=q.dtype)
-        d = [x.transpose(1, 2) for x in (q, k, v)]
-        return F.scaled_dot_product_attention(*d, attn_mask=mask, scale=scale).transpose(1, 2)
-
-    monkeypatch.setattr(xformers_ops, "memory_efficient_attention", attend)
-    _pretend_cuda(monkeypatch)
-    for lengths, spare in ([3, 0, 7], 2), ([4, 4], 0), ([0], 3):
-        qkv, _, layout = random_inputs(lengths, spare=spare, dtype=torch.float64)
-        expected = with_gradients(twin, qkv, None, layout, scale=0.3)
-        with torch.no_grad():
-            for x in qkv:
-                x[layout.total :] = NAN
-        if layout.total == 0:
-            assert not packed_attention(*qkv, layout).any()
-            continue
-        actual = with_gradients(packed_attention, qkv, None, layout, scale=0.3)
-        assert_equal_results(actual, expected, **EXACT)
-
-
-def test_xformers_says_what_it_lacks(monkeypatch):
-    _pretend_cuda(monkeypatch)
-    qkv, key_bias, layout = random_inputs([5], bias="token")
-    with pytest.raises(ValueError, match="'xformers' has no per-key bias"):
-        packed_attention(*qkv, layout, key_bias=key_bias)
-    monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    with pytest.raises(UserError, match=r'xformers.*pip install "fastagglo\[xformers\]"'):
-        packed_attention(*qkv, layout)
-
-
-def _x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.zeros(shape, dtype=dtype)
-
-
-GOOD = {"q": _x(6, 2, 8), "k": _x(6, 2, 8), "v": _x(6, 2, 8)}
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "match"),
-    [
-        ({"q": [1.0]}, TypeError, r"q must be a tensor, got list"),
-        ({"v": None}, TypeError, r"v must be a tensor, got NoneType"),
-        ({"layout": [2, 4]}, TypeError, r"layout must be a PackedLayout.*got list"),
-        ({"q": _x(1, 6, 2, 8)}, ValueError, r"q must be \(tokens, heads, head dim\).*1, 6, 2, 8"),
-        ({"q": _x(6, 0, 8)}, ValueError, r"q must be .*\(6, 0, 8\)"),
-        ({"k": _x(6, 1, 8)}, ValueError, r"k must have the shape of q, \(6, 2, 8\).*\(6, 1, 8\)"),
-        ({"v": _x(6, 2, 16)}, ValueError, r"v must have the shape of q.*\(6, 2, 16\)"),
-        ({"k": _x(6, 2, 8).half()}, TypeError, r"k must have the dtype of q.*float16"),
-        ({"q": _x(6, 2, 8).int()}, TypeError, r"q must be float64.*got torch.int32"),
-        ({"v": _x(6, 2, 8).to("meta")}, ValueError, r"v must be on the device of q, cpu, got meta"),
-        (
-            {"layout": PackedLayout.from_lengths([4])},
-            ValueError,
-            r"6 tokens, but the layout has a capacity of 4",
-        ),
-        (
-            {"layout": PackedLayout.from_lengths([6], device="meta")},
-            ValueError,
-            r"layout must be on the device of q, cpu, got meta; use layout.to\('cpu'\)",
-        ),
-        ({"key_bias": 1.0}, TypeError, r"key_bias must be a tensor or None, got float"),
-        ({"key_bias": _x(6).int()}, TypeError, r"key_bias must be float64.*got torch.int32"),
-        ({"key_bias": _x(2)}, ValueError, r"key_bias must be .*\(6,\) or \(6, 2\), got \(2,\)"),
-        ({"key_bias": _x(6, 1)}, ValueError, r"key_bias must be .*got \(6, 1\)"),
-        ({"key_bias": _x(6).to("meta")}, ValueError, r"key_bias must be on the device.*got meta"),
-        ({"scale": "1"}, TypeError, r"scale must be a number or None, got '1'"),
-        ({"scale": NAN}, ValueError, r"scale must be finite, got nan"),
-    ],
-)
-def test_errors(changes, error, match):
-    arguments = {**GOOD, "layout": PackedLayout.from_lengths([2, 4]), **changes}
-    with pytest.raises(error, match=match):
-        packed_attention(**arguments)
