@@ -47,8 +47,7 @@ def load_recipe(name_or_path: str) -> RunConfig:
         if not path.is_file():
             near = suggestion(name_or_path, recipe_names())
             raise UserError(
-                f"recipe {name_or_path!r}: neither a file nor one of "
-                f"{', '.join(recipe_names())}{near}"
+                f"recipe {name_or_path!r}: no recipe of this name and no such file{near}"
             )
         text = path.read_text()
     try:
