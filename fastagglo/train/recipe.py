@@ -45,9 +45,11 @@ def load_recipe(name_or_path: str) -> RunConfig:
     else:
         path = Path(name_or_path)
         if not path.is_file():
-            near = suggestion(name_or_path, recipe_names())
+            near = difflib.get_close_matches(name_or_path, recipe_names(), n=1)
+            meant = f" (did you mean {near[0]!r}?)" if near else ""
             raise UserError(
-                f"recipe {name_or_path!r}: no recipe of this name and no such file{near}"
+                f"recipe {name_or_path!r}: neither a file nor one of "
+                f"{', '.join(recipe_names())}{meant}"
             )
         text = path.read_text()
     try:
