@@ -32,9 +32,10 @@ class StudentConfig:
         max_resolution: pixels per side that the position table covers; the table has
             ``max_resolution // patch_size`` rows and columns.
         window: patches per side of a ViTDet window (arXiv 2203.16527), or None: all layers global.
-        global_layers: with windows, how many layers stay global, or exactly which. A number n
-            means the layers i with ``i % p == p - 1``, p = depth // n, and always the last; all
-            layers if n is more than half of them.
+        global_layers: with windows, how many layers stay global, or which; the last always does.
+            A number n means the layers i with ``i % p == p - 1``, p = depth // n, and the last:
+            one more than n where n does not divide the depth evenly, and all layers if n is more
+            than half of them.
         norm_eps: epsilon of the trunk's LayerNorms.
         heads: a :class:`~fastagglo.ops.heads.HeadSpec` per teacher name, in the order of the CLS
             slots. Empty: a plain backbone with one CLS token.
@@ -109,11 +110,12 @@ class StudentConfig:
     @property
     def global_layer_set(self) -> frozenset[int]:
         """The layers that attend globally when windows are on."""
-        if not isinstance(self.global_layers, int):
-            return frozenset(self.global_layers)
-        period = max(self.depth // self.global_layers, 1)
-        regular = {i for i in range(self.depth) if i % period == period - 1}
-        return frozenset(regular | {self.depth - 1})
+        if isinstance(self.global_layers, int):
+            period = max(self.depth // self.global_layers, 1)
+            layers = {i for i in range(self.depth) if i % period == period - 1}
+        else:
+            layers = set(self.global_layers)
+        return frozenset(layers | {self.depth - 1})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: tuples become lists."""

@@ -165,9 +165,7 @@ class Student(nn.Module):
                 image = place.image_ids if windowed else place.layout.segment_ids
                 factors = keep[i].index_select(1, image)[..., None]
             x = self._run_block(block, x, layout, factors)
-        if bypass is not None:
-            x = reorder(torch.cat([bypass, x]), windows.leave, windows.enter)
-        return x
+        return x  # in packed order: the last layer is always global
 
     def _run_block(self, block: Block, *args: Any) -> Tensor:
         if self.checkpoint_blocks and torch.is_grad_enabled():

@@ -31,7 +31,8 @@ class StudentSettings:
     __pydantic_config__ = _STRICT
 
     preset: Literal["tiny", "B", "L", "SO400M", "H", "g"] = "tiny"
-    """Size of the student (see README for widths and depths)."""
+    """Its width and depth: tiny 192 and 6, B 768 and 12, L 1024 and 24, SO400M 1152 and 27, H 1280
+    and 32, g 1536 and 40 (patch 14)."""
     patch_size: int | None = None
     """Patch side in pixels; the preset's own if not given."""
     depth: int | None = None
@@ -48,8 +49,9 @@ class StudentSettings:
     """ViTDet window sides in tokens to draw from; none means global attention in every block."""
     window_probability: float = 0.0
     """Probability of a step with windowed attention (of those windows that divide its images)."""
-    global_layers: int | None = None
-    """How many blocks stay global in windowed steps; the preset's own if not given."""
+    global_layers: int | tuple[int, ...] | None = None
+    """How many blocks stay global in windowed steps, or which (from 0), beside the last; the
+    preset's own if not given."""
     init: str | None = None
     """Folder of a saved student whose trunk and heads are the starting point."""
     checkpoint_blocks: bool = False
@@ -210,7 +212,7 @@ class DistillSettings:
     shift_std: float = 0.0
     """Shift-equivariant spatial loss: std in patches of the independent shifts of each view."""
     ema_decay: float = 0.0
-    """Decay of an average of the student's weights; 0 keeps none."""
+    """Decay of the average of the student that `mesa_weight` matches; 0 keeps none."""
     mesa_weight: float = 0.0
     """Weight of the match between student and average student; needs `ema_decay`."""
 
@@ -412,10 +414,14 @@ def check_config(config: RunConfig) -> None:
         ("depth", 1),
         ("patch_size", 1),
         ("max_resolution", 1),
-        ("global_layers", 1),
     ):
         if (value := getattr(config.student, setting)) is not None:
             in_range(f"student.{setting}", value, least)
+    layers = config.student.global_layers
+    if isinstance(layers, int):
+        in_range("student.global_layers", layers, 1)
+    for layer in layers if isinstance(layers, tuple) else ():
+        in_range("student.global_layers", layer, 0)
     for window in config.student.windows:
         in_range("student.windows", window, 1)
     in_range("student.window_probability", config.student.window_probability, 0, 1)

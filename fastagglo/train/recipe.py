@@ -75,7 +75,8 @@ def config_from_dict(data: dict[str, Any], where: str) -> RunConfig:
         config = pydantic.TypeAdapter(RunConfig).validate_json(json.dumps(data), strict=True)
     except pydantic.ValidationError as error:
         first = error.errors()[0]
-        setting = ".".join(str(part) for part in first["loc"])
+        # Where a setting has alternatives, pydantic appends the one that it tried.
+        setting = ".".join(str(p) for p in first["loc"] if p not in ("int", "tuple[int, ...]"))
         if first["type"] == "unexpected_keyword_argument":
             known = _fields_at(first["loc"][:-1])
             near = suggestion(str(first["loc"][-1]), known)

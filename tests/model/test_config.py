@@ -98,11 +98,11 @@ def test_more_global_layers_than_layers() -> None:
     assert config.global_layer_set == {0, 1, 2}
 
 
-def test_explicit_global_layers_are_taken_as_given() -> None:
+def test_explicit_global_layers_and_always_the_last() -> None:
     config = dataclasses.replace(PRESETS["tiny"], global_layers=[4, 1])
     assert config.global_layers == (1, 4)
-    assert config.global_layer_set == {1, 4}
-    assert dataclasses.replace(config, global_layers=()).global_layer_set == set()
+    assert config.global_layer_set == {1, 4, 5}
+    assert dataclasses.replace(config, global_layers=()).global_layer_set == {5}
 
 
 def test_a_plain_backbone_has_one_cls_token() -> None:

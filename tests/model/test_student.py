@@ -142,7 +142,7 @@ def naive_trunk(model: Student, image: Tensor, window: int | None) -> tuple[Tens
     [
         pytest.param({}, id="plain"),
         pytest.param({"mlp": "swiglu", "layer_scale": 0.3, "patch_size": 8}, id="swiglu"),
-        pytest.param({"global_layers": ()}, id="last-windowed"),
+        pytest.param({"global_layers": ()}, id="only-the-last"),
         pytest.param({"global_layers": (0, 3), "registers": 0}, id="explicit"),
     ],
 )
@@ -208,11 +208,14 @@ def test_window_argument_overrides_the_config() -> None:
 
 
 def test_prefix_tokens_pass_windowed_layers_unchanged() -> None:
-    model = student(window=2, global_layers=())
-    summary = model(mixed()[0]).backbone.summary.view(2, 3, 48)
-    for i, token in enumerate(model.cls_tokens.values()):
-        torch.testing.assert_close(summary[0, i], model.norm(token))
-        torch.testing.assert_close(summary[1, i], model.norm(token))
+    model = student(window=2, global_layers=())  # the last layer is global all the same
+    seen: list[Tensor] = []
+    model.blocks[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    image = mixed()[0]
+    model(image)
+    rows = seen[0].view(len(image), -1, 48)  # image by image, the prefix first
+    for i, token in enumerate([*model.cls_tokens.values(), *model.registers]):
+        assert torch.equal(rows[:, i], token.expand(len(image), -1))
 
 
 def test_a_plain_backbone() -> None:
@@ -286,7 +289,7 @@ class TestTraining:
     @pytest.mark.parametrize("window", [None, 2])
     def test_stochastic_depth_drops_whole_images(self, window: int | None) -> None:
         # One block that is the identity plus a large constant shows what was dropped.
-        model = student(depth=2, drop_path=0.5, window=window, global_layers=(0,), registers=2)
+        model = student(depth=3, drop_path=0.8, window=window, global_layers=(0,), registers=2)
         model.train()
         seen: list[Tensor] = []
         model.blocks[1].register_forward_hook(lambda _, args, out: seen.append(args[2]))
@@ -298,9 +301,9 @@ class TestTraining:
         per_image = keep[..., 0].split(lengths, dim=1)
         assert all((p == p[:, :1]).all() for p in per_image)  # one fate per image and branch
         fates = torch.stack([p[:, 0] for p in per_image])
-        assert set(fates.unique().tolist()) == {0.0, 2.0}
+        assert fates.unique().tolist() == pytest.approx([0.0, 1 / 0.6])  # half of 0.8 is dropped
         rate = (fates == 0).double().mean(0)
-        assert (rate - 0.5).abs().max() < 4 * 0.5 / n**0.5
+        assert (rate - 0.4).abs().max() < 4 * 0.5 / n**0.5
         assert 0.4 < (fates[:, 0] == fates[:, 1]).double().mean() < 0.6  # branches apart
 
     def test_stochastic_depth_grows_from_zero(self) -> None:

@@ -103,9 +103,12 @@ def test_published_numbers_of_the_recipes():
     assert config.optimiser.weight_decay == 0.02
     assert {s.lr for s in config.stages} == {1e-3}
     assert config.stages[0].freeze_trunk_steps == 5_000
+    assert load_recipe("radio-v2.5-g").student.max_resolution == 1792  # 128 patches of 14
     v4 = load_recipe("c-radio-v4-h")
     assert v4.distill.ema_decay == 0.9996
     assert v4.distill.shift_std == 0.5
+    for recipe, slots, registers in ((config, 4, 4), (v4, 3, 7)):
+        assert (len(recipe.teachers), recipe.student.registers) == (slots, registers)
     assert v4.teachers["dinov3"].summary_loss == "angular"
 
 
@@ -135,6 +138,15 @@ def test_the_command_line_overrides_the_recipe():
     assert config.teachers["lite0"] == load_recipe("demo").teachers["lite0"]
 
 
+def test_global_layers_are_a_number_or_a_list():
+    for words, value, layers in ((["3"], 3, {1, 3, 5}), (["0", "3"], (0, 3), {0, 3, 5})):
+        config = parse_arguments(["--student.global-layers", *words])
+        assert config.student.global_layers == value
+        with torch.device("meta"):
+            student = build_student(config, dict.fromkeys(config.teachers, (8, 8)))
+        assert student.config.global_layer_set == layers
+
+
 GOOD = {"teachers": {"hog": {"model": "hog", "summary_weight": 0.0}}}
 
 
@@ -150,6 +162,8 @@ GOOD = {"teachers": {"hog": {"model": "hog", "summary_weight": 0.0}}}
         ),
         ({"seed": "three"}, ["'seed'", "valid integer", "'three'"]),
         ({"stages": [{"lr": "1e-3"}]}, ["stages.0.lr", "valid number"]),
+        ({"student": {"global_layers": "last"}}, ["'student.global_layers'", "'last'"]),
+        ({"student": {"global_layers": [-1]}}, ["student.global_layers", "at least 0"]),
         ({"student": {"preset": "XL"}}, ["student.preset", "'SO400M'", "'XL'"]),
         ({"teachers": {}}, ["teachers", "at least one"]),
         ({"optimiser": {"accumulate": 0}}, ["optimiser.accumulate", "at least 1"]),
