@@ -167,11 +167,12 @@ class Distiller(nn.Module):
             self.start_fitting()
 
     @torch.no_grad()
-    def refresh(self, *, settle: bool) -> list[nn.Module]:
+    def refresh(self, *, settle: bool, average: Student | None = None) -> list[nn.Module]:
         """Put the statistics seen so far, over all ranks, into use.
 
         Args:
             settle: the last refresh of a fit: the rotation is computed too.
+            average: the average student, whose heads are rewritten alike.
 
         Returns:
             Layers whose basis was rotated, whose optimiser state has lost its meaning.
@@ -200,13 +201,14 @@ class Distiller(nn.Module):
                 if dist.is_initialized() and rotation is not None:
                     # Eigenvectors of one matrix may differ between machines: one rank decides.
                     dist.broadcast(rotation, 0)
-            head = self.student.heads.spatial[name]
-            if basis.ready:
-                _rebase(head, basis, affine, rotation)
-            elif rotation is not None:
-                head.rotate_output_(rotation)
+            for student in (self.student, average) if average is not None else (self.student,):
+                head = student.heads.spatial[name]
+                if basis.ready:
+                    _rebase(head, basis, affine, rotation)
+                elif rotation is not None:
+                    head.rotate_output_(rotation)
             if settle or basis.settled:
-                rotated.append(head)
+                rotated.append(self.student.heads.spatial[name])
             basis.mean.copy_(affine.mean)
             basis.scale.copy_(affine.scale)
             basis.rotation.copy_(torch.eye(len(basis.mean)) if rotation is None else rotation)
@@ -288,9 +290,13 @@ class Distiller(nn.Module):
         return output
 
     @torch.no_grad()
-    def export(self) -> Student:
-        """A copy of the student whose heads predict the teachers' own features by themselves."""
-        student = deepcopy(self.student)
+    def export(self, average: Student | None = None) -> Student:
+        """A copy of the student whose heads predict the teachers' own features by themselves.
+
+        Args:
+            average: copy the average student instead.
+        """
+        student = deepcopy(self.student if average is None else average).requires_grad_(True)
         for name, basis in self.bases.items():
             rotation = basis.rotation if basis.settled else None
             student.heads.spatial[name].fold_affine_(basis.mean, basis.scale, rotation)

@@ -212,7 +212,7 @@ class DistillSettings:
     shift_std: float = 0.0
     """Shift-equivariant spatial loss: std in patches of the independent shifts of each view."""
     ema_decay: float = 0.0
-    """Decay of the average of the student that `mesa_weight` matches; 0 keeps none."""
+    """Decay of an average of the student, exported as student-average beside it; 0 keeps none."""
     mesa_weight: float = 0.0
     """Weight of the match between student and average student; needs `ema_decay`."""
 

@@ -204,8 +204,10 @@ class Trainer:
             if finished and total in eval_steps(config):
                 self._evaluate()
         if is_main() and finished:
-            student = self.distiller.export()
-            save_student(student, folder / run_folder.STUDENT)
+            save_student(self.distiller.export(), folder / run_folder.STUDENT)
+            if self.ema is not None:
+                average = self.distiller.export(self.ema.module)
+                save_student(average, folder / run_folder.AVERAGE)
             write_outcome(folder, config, self.distiller, self.teachers, self.held_out)
         return finished
 
@@ -289,7 +291,8 @@ class Trainer:
                 views = [g.teachers.get(EMA_VIEW, g.student) for g in batch.groups]
                 average_shifts = [g.shifts.get(EMA_VIEW) for g in batch.groups]
                 with torch.no_grad():
-                    average = self.ema.module(PackedBatch.from_images(views), window=window)
+                    views = PackedBatch.from_images(views)
+                    average = self.ema.module(views, window=window, only=())  # no heads
             return self._module(
                 packed,
                 targets,
@@ -335,7 +338,8 @@ class Trainer:
             # In the first stage nothing better is in use, so the early estimates are; they are
             # refreshed at doubling intervals.
             if first and (settle or (index == 0 and seen & (seen - 1) == 0)):
-                for layer in self.distiller.refresh(settle=settle):
+                average = None if self.ema is None else self.ema.module
+                for layer in self.distiller.refresh(settle=settle, average=average):
                     forget(self.optimiser, layer)
         if first and self.step in eval_steps(self.config):
             self._evaluate()

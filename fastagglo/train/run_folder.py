@@ -11,10 +11,11 @@ from fastagglo.train.recipe import CONFIG_FILE
 
 METRICS = "metrics.jsonl"
 STUDENT = "student"
+AVERAGE = "student-average"
 PICTURES = "pictures"
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
-_OURS = (CONFIG_FILE, METRICS, STUDENT, PICTURES, REPORT, TENSORBOARD, "checkpoint.pt")
+_OURS = (CONFIG_FILE, METRICS, STUDENT, AVERAGE, PICTURES, REPORT, TENSORBOARD, "checkpoint.pt")
 
 # Settings that say where and how fast a run goes, not what it computes; all others must agree
 # between a checkpoint and the run that goes on from it.

@@ -101,6 +101,25 @@ def test_the_exported_student_predicts_the_teachers_own_features_by_itself():
         torch.testing.assert_close(found, value, rtol=1e-5, atol=1e-5)
 
 
+def test_the_average_student_keeps_up_with_the_statistics_and_is_exported():
+    distiller = make()
+    ema = make_ema(distiller.student, 0.9)
+    ema.update_parameters(distiller.student)
+    for seed in (0, 1):  # two stages
+        distiller.start_fitting()
+        distiller.observe(targets(seed))
+        distiller.refresh(settle=True, average=ema.module)
+        ema.update_parameters(distiller.student)
+    expected = own_space(distiller)
+    exported = distiller.export(ema.module)
+    assert all(p.requires_grad for p in exported.parameters())
+    assert not any(p.requires_grad for p in ema.parameters())
+    output = exported.eval()(batch())
+    for name, value in expected.items():  # the student stood still, and so did its average
+        found = torch.cat([s.flatten(0, 2) for s in output[name].spatial])
+        torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-4)
+
+
 def expected_total(distiller: Distiller, kind: str) -> torch.Tensor:
     """The loss written out: rotated targets, one mean over all images, weighted by sqrt(tokens)."""
     output = distiller.student(batch())

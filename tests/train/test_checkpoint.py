@@ -88,6 +88,8 @@ def test_the_reference_run_uses_every_feature(whole):
     assert saved["ema"]["n_averaged"] == 8
     average = saved["ema"]["module.blocks.0.attn.qkv.weight"]
     assert not torch.equal(average, saved["distiller"]["student.blocks.0.attn.qkv.weight"])
+    exported = load_student(folder / "student-average")
+    assert torch.equal(exported.blocks[0].attn.qkv.weight, average)
     train = [row for row in rows(folder) if row["kind"] == "train"]
     assert [row["step"] for row in train] == [*range(8)]
     assert all({"hog", "lite0", "mesa"} == row["loss"].keys() for row in train)
