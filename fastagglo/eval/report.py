@@ -344,7 +344,7 @@ def _held_out_row(points: Sequence[Row], resolution: int) -> dict[str, Any]:
         "change": change,
         "change_text": "" if change is None else f"{abs(change):.1f}",
         "mean_predictor": _percent(baseline),
-        "cosine": _figure(points[-1].get("cosine")),
+        "cosine": " → ".join(_figure(point.get("cosine")) for point in points),
         "cosine_mean_predictor": _figure(points[-1].get("cosine_mean_predictor")),
     }
 

@@ -253,7 +253,9 @@ def test_a_student_below_the_mean_predictor_is_marked(write):
 
 
 def test_of_many_evaluations_start_half_and_end_are_shown(write):
-    page = write(heldout=[held_out(step / 1000, step) for step in range(0, 501, 50)])
+    rows = [held_out(step / 1000, step) for step in range(0, 501, 50)]
+    page = write(heldout=[{**row, "cosine": row["explained"]} for row in rows])
+    assert "0.000 → 0.250 → 0.500" in page.text
     for step in (0, 250, 500):
         assert f"step {step}" in page.text
     assert "step 200" not in page.text
