@@ -41,8 +41,8 @@ class StudentSettings:
     """Kind of MLP in each block; the preset's own if not given."""
     registers: int = 4
     """Register tokens beside one CLS slot per teacher."""
-    max_resolution: int = 2048
-    """Side in pixels that the position table covers."""
+    max_resolution: int | None = None
+    """Side in pixels that the position table covers; the preset's own if not given."""
     drop_path: float = 0.0
     """Stochastic depth rate of the last block (linear from 0)."""
     windows: tuple[int, ...] = ()

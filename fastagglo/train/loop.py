@@ -65,14 +65,13 @@ def build_student(
     }
     overrides = {
         name: getattr(settings, name)
-        for name in ("patch_size", "depth", "mlp", "global_layers")
+        for name in ("patch_size", "depth", "mlp", "global_layers", "max_resolution")
         if getattr(settings, name) is not None
     }
     student = create_student(
         settings.preset,
         heads=heads,
         registers=settings.registers,
-        max_resolution=settings.max_resolution,
         drop_path=settings.drop_path,
         **overrides,
     )

@@ -13,6 +13,7 @@ import numpy as np
 
 from fastagglo.data import GroupPlan, StepPlan
 from fastagglo.errors import UserError
+from fastagglo.model.config import preset
 from fastagglo.teachers import TeacherSpec
 from fastagglo.train.config import EMA_VIEW, RunConfig
 
@@ -127,7 +128,8 @@ class Planner:
         return int(rng.choice(fitting)) if drawn and fitting else None
 
     def _check_student_size(self, setting: str, size: int) -> None:
-        patch, limit = self.patch_size, self.config.student.max_resolution
+        patch, student = self.patch_size, self.config.student
+        limit = student.max_resolution or preset(student.preset).max_resolution
         if size % patch or size < patch:
             below = max(patch, size // patch * patch)
             raise UserError(

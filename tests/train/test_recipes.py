@@ -209,6 +209,20 @@ def test_a_resolution_that_the_patch_does_not_divide_is_refused():
         Planner(config, {"hog": hog}, 16)
 
 
+def test_the_position_table_is_the_presets_own_unless_given():
+    config = config_from_dict(
+        {**GOOD, "student": {"preset": "g"}, "stages": [{"phi_s_steps": 1}]}, "x"
+    )
+    with torch.device("meta"):
+        student = build_student(config, {"hog": (None, 36)})
+    assert student.config.max_resolution == 1792
+    hog = TeacherSpec("hog", None, 14, 14, (0.0,) * 3, (1.0,) * 3, None, 36)
+    large = [{"phi_s_steps": 1, "groups": [{"images": 8, "sizes": [1806]}]}]
+    config = config_from_dict({**GOOD, "student": {"preset": "g"}, "stages": large}, "x")
+    with pytest.raises(UserError, match=r"1806.*ends at 1792 pixels"):
+        Planner(config, {"hog": hog}, 14)
+
+
 def test_a_mosaic_is_for_teachers_of_one_size():
     config = config_from_dict(
         {
