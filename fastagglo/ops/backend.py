@@ -19,6 +19,10 @@ _NAMES = ", ".join(map(repr, _DEVICE_OF))
 # A context variable and not a global: another thread, a data-loading one say, keeps its own choice.
 _chosen: ContextVar[str | None] = ContextVar("fastagglo_backend", default=None)
 
+# The latest choice again, for tracing: torch.compile reads and guards a global in every release
+# that we support, a context variable only in the newest.
+_traced: str | None = None
+
 
 class use_backend:
     """Make the ops called inside a ``with`` block run one backend.
@@ -28,7 +32,7 @@ class use_backend:
     checkpointing repeats a forward during the backward, on a thread of its own for CUDA, so choose
     with the environment variable ``FASTAGGLO_BACKEND`` there, which the whole process sees; and
     ``torch.compile`` wants the block outside the compiled function, which it then compiles once for
-    each backend.
+    each backend. While threads choose unlike backends, tracing may see another thread's choice.
 
     Args:
         name: ``"torch"`` (all ops, all devices), ``"triton"`` (CUDA) or ``"xformers"`` (attention
@@ -49,7 +53,9 @@ class use_backend:
         self._tokens: list[Token[str | None]] = []
 
     def __enter__(self) -> None:
+        global _traced
         self._tokens.append(_chosen.set(self.name))
+        _traced = self.name
 
     def __exit__(
         self,
@@ -57,7 +63,9 @@ class use_backend:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        global _traced
         _chosen.reset(self._tokens.pop())
+        _traced = _chosen.get()
 
 
 def resolve(op: str, device: torch.device, available: tuple[str, ...]) -> str:
@@ -77,7 +85,7 @@ def resolve(op: str, device: torch.device, available: tuple[str, ...]) -> str:
         ValueError: the backend asked for is not one of ``available`` or does not run on ``device``.
         UserError: the environment variable names no backend.
     """
-    name = _chosen.get()
+    name = _traced if torch.compiler.is_compiling() else _chosen.get()
     asked_by = f"use_backend({name!r})"
     if name is None:
         name = os.environ.get(ENVIRONMENT_VARIABLE, "")

@@ -77,7 +77,8 @@ def with_gradients(function, qkv, key_bias, layout, seed=1, **options):
 def assert_as_exact_as(plain: dict, actual: dict, truth: dict) -> None:
     """The op may be about as wrong as PyTorch is in the same dtype, measured against fp64.
 
-    Twice its largest error, for another order of summation, plus one rounding of the largest value.
+    Twice its largest error, for another order of summation, plus one rounding of the largest value
+    (four in fp32, where PyTorch may take a kernel that never rescales its sums, as ours does).
     In fp64 the truth itself is as wrong as either: a thousand roundings there, as many as terms.
     """
     for name, true in truth.items():
@@ -86,7 +87,7 @@ def assert_as_exact_as(plain: dict, actual: dict, truth: dict) -> None:
         if true.numel() == 0:
             continue
         error, budget = ((x[name].double() - true).abs().max().item() for x in (actual, plain))
-        roundings = 1000 if got.dtype == torch.float64 else 1
+        roundings = {torch.float64: 1000, torch.float32: 4}.get(got.dtype, 1)
         largest = true.abs().max().item()
         budget = 2 * budget + roundings * torch.finfo(got.dtype).eps * largest
         assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
