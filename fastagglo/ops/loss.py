@@ -292,7 +292,9 @@ def term_image_weights(
 def _check_number(name: str, value: Any, *, positive: bool = False, negative: bool = False) -> None:
     if not isinstance(value, Real):
         raise TypeError(f"{name} must be a number; got {value!r}")
-    if not math.isfinite(value) or (not negative and value < 0) or (positive and value == 0):
+    # Comparisons rather than math.isfinite, which older torch.compile cannot trace.
+    finite = -math.inf < value < math.inf
+    if not finite or (not negative and value < 0) or (positive and value == 0):
         wanted = "finite" if negative else "finite and > 0" if positive else "finite and >= 0"
         raise ValueError(f"{name} must be {wanted}; got {value!r}")
 
