@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection
+from difflib import get_close_matches
 from types import ModuleType
 
 
@@ -34,3 +36,11 @@ def require(module: str, *, extra: str, purpose: str = "") -> ModuleType:
             f"{subject} needs the package {(error.name or module).split('.')[0]!r}, which is not "
             f'installed: pip install "fastagglo[{extra}]"'
         ) from error
+
+
+def suggestion(name: object, known: Collection[str]) -> str:
+    """What an error about an unknown name ends with: the nearest known name, or all of them."""
+    near = get_close_matches(str(name), list(known), n=1)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f"; known: {', '.join(map(repr, known)) or 'none'}"

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fastagglo.ops.heads import HeadSpec, check_teacher_name, suggestion
+from fastagglo.errors import suggestion
+from fastagglo.ops.heads import HeadSpec, check_teacher_name
 
 __all__ = ["PRESETS", "StudentConfig", "preset"]
 

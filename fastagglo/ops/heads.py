@@ -11,13 +11,13 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastagglo.errors import suggestion
 from fastagglo.ops.autocast import autocast_enabled
 from fastagglo.ops.backend import resolve
 
@@ -451,14 +451,6 @@ def check_teacher_name(name: str) -> None:
         raise ValueError(
             f"a teacher cannot be called {name!r}: torch uses that name; choose another"
         )
-
-
-def suggestion(name: object, known: Collection[str]) -> str:
-    """What an error about an unknown name ends with: the nearest known name, or all of them."""
-    near = get_close_matches(str(name), list(known), n=1)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f"; known: {', '.join(map(repr, known)) or 'none'}"
 
 
 def shape_of(x: Tensor) -> str:

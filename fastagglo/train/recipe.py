@@ -11,7 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from fastagglo.errors import UserError, require
+from fastagglo.errors import UserError, require, suggestion
 from fastagglo.train.config import (
     GroupSettings,
     RunConfig,
@@ -87,14 +87,6 @@ def config_from_dict(data: dict[str, Any], where: str) -> RunConfig:
         ) from None
     check_config(config)
     return config
-
-
-def suggestion(word: str, known: list[str]) -> str:
-    """``" (did you mean 'x'?)"`` for the nearest known word, or what is known."""
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    if near:
-        return f" (did you mean {near[0]!r}?)"
-    return f" (known: {', '.join(known)})" if known else ""
 
 
 def parse_arguments(arguments: list[str]) -> RunConfig:
