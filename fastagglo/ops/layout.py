@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 from fastagglo.errors import require
+from fastagglo.ops import worklist
 
 _INT32_MAX = 2**31 - 1
+
+# Where a layout's tiles are made with it.
+_KERNEL_DEVICES = ("cuda",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,20 +29,26 @@ class PackedLayout:
     with :meth:`from_lengths` or :meth:`from_cu_seqlens`, once for each batch; the constructor
     itself checks nothing. Two layouts are equal only if they are the same object.
 
-    The fields are the two tensors and the one integer that a compiled graph needs: the rest is
-    worked out from ``cu_seqlens_cpu`` when asked for, so that ``torch.compile`` has no number to
-    guard on that changes with the mix of images.
+    The fields are what a compiled graph needs: the rest is worked out from ``cu_seqlens_cpu`` when
+    asked for, so that ``torch.compile`` has no number to guard on that changes with the mix of
+    images. With ``max_segments`` the shapes of all buffers depend on it and on ``capacity`` alone,
+    so that one CUDA graph serves every mix that fits.
 
     Attributes:
         cu_seqlens: ``(num_segments + 1,)`` int32 on ``device``; segment ``i`` is rows
             ``cu_seqlens[i]`` to ``cu_seqlens[i + 1]``.
         cu_seqlens_cpu: the same numbers on the CPU, to be read without waiting for the device.
         capacity: rows ``T`` of the packed tensors. Rows from ``total`` on belong to no segment.
+        tile_rows: rows of a tile of ``tiles``: 64 if no segment is longer and ``max_segments`` is
+            None, else 128.
+        max_segments: the number of segments of fixed-capacity buffers, or None.
     """
 
     cu_seqlens: Tensor
     cu_seqlens_cpu: Tensor
     capacity: int
+    tile_rows: int
+    max_segments: int | None
 
     @classmethod
     def from_lengths(
@@ -46,6 +56,8 @@ class PackedLayout:
         lengths: Iterable[int] | Tensor | np.ndarray,
         capacity: int | None = None,
         device: torch.device | str | None = None,
+        *,
+        max_segments: int | None = None,
     ) -> PackedLayout:
         """Lay segments of the given lengths one after the other.
 
@@ -54,10 +66,13 @@ class PackedLayout:
                 segment without rows; no lengths at all are a layout without segments.
             capacity: rows of the packed tensors, at least ``sum(lengths)``, which is the default.
             device: where the packed tensors live; default: PyTorch's default device.
+            max_segments: fill up with segments without rows to this many, which makes the buffers
+                of fixed size: ``num_segments`` is then ``max_segments``.
 
         Raises:
-            TypeError: a length or ``capacity`` is not an integer.
-            ValueError: a negative length, ``capacity`` below the sum, or more than 2**31 - 1 rows.
+            TypeError: a length, ``capacity`` or ``max_segments`` is not an integer.
+            ValueError: a negative length, ``capacity`` below the sum, more than 2**31 - 1 rows, or
+                more lengths than ``max_segments``.
         """
         sizes = _integers("lengths", lengths)
         if sizes.size and sizes.min() < 0:
@@ -67,7 +82,7 @@ class PackedLayout:
             raise ValueError(f"a length must fit int32 (at most {_INT32_MAX}), got {sizes.max()}")
         boundaries = np.zeros(sizes.size + 1, dtype=np.int64)
         np.cumsum(sizes, out=boundaries[1:])
-        return cls._build(boundaries, capacity, device)
+        return cls._build(boundaries, capacity, device, max_segments)
 
     @classmethod
     def from_cu_seqlens(
@@ -75,6 +90,8 @@ class PackedLayout:
         cu_seqlens: Iterable[int] | Tensor | np.ndarray,
         capacity: int | None = None,
         device: torch.device | str | None = None,
+        *,
+        max_segments: int | None = None,
     ) -> PackedLayout:
         """Take the boundaries themselves: ``[0, length 0, length 0 + length 1, ...]``.
 
@@ -84,11 +101,12 @@ class PackedLayout:
             capacity: rows of the packed tensors, at least the last boundary, which is the default.
             device: where the packed tensors live; default: that of ``cu_seqlens`` if it is a
                 tensor, else PyTorch's default device.
+            max_segments: as in :meth:`from_lengths`.
 
         Raises:
-            TypeError: a boundary or ``capacity`` is not an integer.
+            TypeError: a boundary, ``capacity`` or ``max_segments`` is not an integer.
             ValueError: boundaries that do not start at 0 or that decrease, ``capacity`` below the
-                last one, or more than 2**31 - 1 rows.
+                last one, more than 2**31 - 1 rows, or more segments than ``max_segments``.
         """
         boundaries = _integers("cu_seqlens", cu_seqlens)
         if boundaries.size == 0 or boundaries[0] != 0:
@@ -103,7 +121,7 @@ class PackedLayout:
             )
         if device is None and isinstance(cu_seqlens, Tensor):
             device = cu_seqlens.device
-        return cls._build(boundaries, capacity, device)
+        return cls._build(boundaries, capacity, device, max_segments)
 
     @classmethod
     def from_xformers(cls, mask: Any, capacity: int | None = None) -> PackedLayout:
@@ -113,7 +131,11 @@ class PackedLayout:
 
     @classmethod
     def _build(
-        cls, boundaries: np.ndarray, capacity: int | None, device: torch.device | str | None
+        cls,
+        boundaries: np.ndarray,
+        capacity: int | None,
+        device: torch.device | str | None,
+        max_segments: int | None,
     ) -> PackedLayout:
         total = int(boundaries[-1])
         capacity = total if capacity is None else _integer("capacity", capacity)
@@ -123,10 +145,30 @@ class PackedLayout:
             )
         if capacity > _INT32_MAX:
             raise ValueError(f"a layout holds at most {_INT32_MAX} rows (int32), got {capacity}")
-        on_cpu = torch.from_numpy(boundaries.astype(np.int32))
-        device = torch.get_default_device() if device is None else device
+        longest = int(np.diff(boundaries).max(initial=0))
+        if max_segments is not None:
+            max_segments, segments = _integer("max_segments", max_segments), boundaries.size - 1
+            if max_segments < segments:
+                raise ValueError(
+                    f"max_segments must be at least the number of segments, {segments}, got "
+                    f"{max_segments}"
+                )
+            boundaries = np.append(boundaries, np.full(max_segments - segments, total))
+        short = max_segments is None and longest <= worklist.SHORT_TILE
+        tile_rows = worklist.SHORT_TILE if short else worklist.LONG_TILE
         # Two tensors even on the CPU: torch.compile rejects a function given the same one twice.
-        return cls(on_cpu.to(device, non_blocking=True, copy=True), on_cpu, capacity)
+        on_cpu, staged = (torch.from_numpy(boundaries.astype(np.int32)) for _ in range(2))
+        device = torch.device(torch.get_default_device() if device is None else device)
+        return cls(_upload(staged, device), on_cpu, capacity, tile_rows, max_segments)._ready()
+
+    def _ready(self) -> PackedLayout:
+        """Itself, with its tiles made now if it lives on a GPU, whose kernels read them.
+
+        A compiled graph then finds them as a tensor among its inputs.
+        """
+        if self.device.type in _KERNEL_DEVICES:
+            _ = self.tiles
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -161,12 +203,50 @@ class PackedLayout:
         # With its size given, the repeat does not wait for a GPU to count the rows.
         return torch.repeat_interleave(ids, lengths, output_size=self.capacity)
 
+    @cached_property
+    def tiles(self) -> Tensor:
+        """``(tiles, 4)`` int32 on ``device``: the work list of a kernel.
+
+        One row for each tile of ``tile_rows`` rows of one segment: ``[first packed row of the
+        segment, rows of the segment, first row of the tile within the segment, segment]``. Longest
+        segment first, the tiles of one segment together and in order; then the rows from ``total``
+        on as a segment -1. With ``max_segments`` follow rows ``[0, 0, 0, -1]``, without work, up to
+        the most tiles that any layout of this ``capacity`` and ``max_segments`` has.
+
+        Made with the layout on a GPU, elsewhere when first asked for, which must be outside of
+        ``torch.compile``.
+        """
+        return self._make_tiles()
+
+    @torch.compiler.disable
+    def _make_tiles(self) -> Tensor:
+        size = None
+        if self.max_segments is not None:
+            size = worklist.max_tiles(self.capacity, self.max_segments)
+        tiles = worklist.build_tiles(
+            self.cu_seqlens_cpu.numpy(), self.capacity, self.tile_rows, size
+        )
+        # A later training step may save them for its backward, which inference tensors cannot be.
+        with torch.inference_mode(False):
+            return _upload(torch.from_numpy(tiles), self.device)
+
+    @cached_property
+    def num_tiles(self) -> int:
+        """Rows of ``tiles`` that have work, those for the rows from ``total`` on included."""
+        return worklist.count_tiles(self.cu_seqlens_cpu.numpy(), self.capacity, self.tile_rows)
+
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout for tensors on another device; itself if it is there already."""
-        moved = self.cu_seqlens_cpu.to(device, non_blocking=True, copy=True)
-        if moved.device == self.device:
+        device = torch.empty(0, device=device).device  # "cuda" is the current one of several
+        if device == self.device:
             return self
-        return PackedLayout(moved, self.cu_seqlens_cpu, self.capacity)
+        return PackedLayout(
+            _upload(self.cu_seqlens_cpu.clone(), device),
+            self.cu_seqlens_cpu.clone(),
+            self.capacity,
+            self.tile_rows,
+            self.max_segments,
+        )._ready()
 
     def to_xformers(self) -> Any:
         """This layout as ``xformers.ops.fmha.attn_bias.BlockDiagonalMask`` over ``total`` rows.
@@ -193,6 +273,13 @@ class PackedLayout:
             f"PackedLayout({self.num_segments} segments [{shown}], {self.total} of "
             f"{self.capacity} rows, device={str(self.device)!r})"
         )
+
+
+def _upload(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor that nobody else holds, on the device, which is not waited for."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def _integers(name: str, values: Iterable[int] | Tensor | np.ndarray) -> np.ndarray:
