@@ -1,0 +1,231 @@
+"""Look at compiled Triton kernels for a GPU that need not be there.
+
+    python -m fastagglo.kernels.inspect attention --arch sm_90,sm_80 --heads 64,72,80,128
+    python -m fastagglo.kernels.inspect launch my_module:my_function --arch sm_90
+
+and from Python:
+
+    with stub_device("sm_90") as launches:
+        my_function()  # launches Triton kernels on tensors of the CPU, or of "meta"
+    reports = [analyse(launch) for launch in launches]
+
+``attention`` prints the library's own kernels with the tiles of its table, or with ``--sweep`` all
+candidates, ranked. ``launch`` takes any function without arguments. What the columns and the bound
+mean, and what they leave out: `fastagglo.kernels.analysis`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from itertools import groupby
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+import triton
+from fastagglo.kernels.analysis import Loop, Report, analyse
+from fastagglo.kernels.chips import CHIPS, Chip, Occupancy, chip, occupancy
+from fastagglo.kernels.stub import Launch, stub_device
+from fastagglo.kernels.sweep import Job, Row, rank, run_job, run_jobs
+
+__all__ = [
+    "CHIPS",
+    "Chip",
+    "Job",
+    "Launch",
+    "Loop",
+    "Occupancy",
+    "Report",
+    "Row",
+    "analyse",
+    "chip",
+    "main",
+    "occupancy",
+    "rank",
+    "run_job",
+    "run_jobs",
+    "stub_device",
+    "table",
+]
+
+LEGEND = """\
+Main loop, per trip and warp: tens(or core), mufu, fp, int(eger, logic, moves), cvt, shfl, shm
+(shared memory), glb (global memory), bar(riers and waits), all. ir/MF: non-tensor instructions of
+all warps per million tensor-core FLOPs; /use: per million useful ones (no padding). bound: the
+share of the dense tensor-core peak that the loop could reach, tensor / max(tensor, issue, mufu,
+fma, alu, lsu) clocks, and what takes longest. It assumes perfect overlap of all units and no
+waiting for memory, barriers or dependencies: it ranks kernels, it predicts no time. occ: CTAs per
+SM and what limits them. spill: stores+loads, bytes per thread. smem: KiB per CTA."""
+
+_HEADER = (
+    f"{'':28} {'reg':>3} {'spill':>7} {'smem':>6} {'occ':<7}"
+    f" {'tens':>4} {'mufu':>4} {'fp':>4} {'int':>4} {'cvt':>3} {'shfl':>4} {'shm':>3} {'glb':>3}"
+    f" {'bar':>3} {'all':>5} {'ir/MF':>5} {'/use':>5} {'bound':<10}"
+)
+_SHORT = {"registers": "reg", "shared": "smem", "threads": "warps", "ctas": "slots"}
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Rows as aligned text of at most 120 columns, a section per architecture."""
+    lines = []
+    for arch, group in groupby(rows, key=lambda row: row.arch):
+        sm = chip(arch)
+        lines.append(
+            f"{arch}: {sm.shared_cta // 1024} KiB of shared memory per CTA, {sm.warps} warps and"
+            f" {sm.tensor['bf16']} dense bf16 FLOP per clock per SM"
+        )
+        lines.append(_HEADER.rstrip())
+        notes = []
+        for row in group:
+            if row.report is None:
+                lines.append(_cut(f"{_name(row):28} {row.error}"))
+                continue
+            lines.append(_line(_name(row), row.report))
+            notes += [f"  {_name(row)}: {note}" for note in row.report.notes]
+        lines += [_cut(note) for note in notes]
+        lines.append("")
+    return "\n".join([*lines, LEGEND])
+
+
+def _name(row: Row) -> str:
+    return row.label if len(row.label) <= 28 else row.label[:27] + "…"
+
+
+def _cut(line: str) -> str:
+    return line if len(line) <= 120 else line[:119] + "…"
+
+
+def _line(name: str, report: Report) -> str:
+    spill = f"{report.spill_stores}+{report.spill_loads}" if report.spills else "-"
+    residents = report.occupancy
+    limiter = residents.limiter.partition("+")[0]
+    text = (
+        f"{name:28} {report.registers:>3} {spill:>7} {report.shared / 1024:>6.1f}"
+        f" {residents.ctas:>2} {_SHORT.get(limiter, limiter):<4}"
+    )
+    if not report.fits:
+        text = text[:-7] + f"{'no fit':<7}"
+    if report.main is None:
+        return f"{text} no loop with arithmetic"
+    loop, n = report.main, report.main.counts
+    text += (
+        f" {n['tensor']:>4} {n['mufu']:>4} {n['float']:>4} {n['integer']:>4} {n['convert']:>3}"
+        f" {n['shuffle']:>4} {n['shared']:>3} {n['global']:>3} {n['sync']:>3} {n['total']:>5}"
+    )
+    costs = (loop.non_tensor_per_mflop, loop.non_tensor_per_useful_mflop)
+    text += "".join(f" {'-' if cost is None else round(cost):>5}" for cost in costs)
+    bound = f"{loop.bound:>4.0%} {loop.limiter}" if loop.bound is not None else "-"
+    return f"{text} {bound}"
+
+
+def to_json(rows: Sequence[Row]) -> str:
+    """All that is known of the rows, every loop included, with the versions that compiled them."""
+    versions = {"triton": triton.__version__, "torch": torch.__version__}
+    return (
+        json.dumps({"versions": versions, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
+    )
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def _names(known: Sequence[str]) -> Callable[[str], list[str]]:
+    def parse(text: str) -> list[str]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        unknown = [name for name in names if name not in known]
+        if unknown or not names:
+            wrong = ", ".join(map(repr, unknown)) or repr(text)
+            raise argparse.ArgumentTypeError(
+                f"{wrong} is not known; choose from {', '.join(known)}"
+            )
+        return names
+
+    return parse
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive whole number")
+    return int(text)
+
+
+def _function(text: str) -> Callable[[], object]:
+    """Import ``module:function``; ``python -m`` finds modules of the current directory."""
+    module, colon, name = text.partition(":")
+    if not colon or not module or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not of the form module:function")
+    try:
+        found = importlib.import_module(module)
+    except ImportError as error:
+        raise argparse.ArgumentTypeError(f"cannot import {module!r}: {error}") from error
+    function = getattr(found, name, None)
+    if not callable(function):
+        what = "has no" if function is None else "holds something that cannot be called as"
+        raise argparse.ArgumentTypeError(f"module {module!r} {what} {name!r}")
+    return function
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m fastagglo.kernels.inspect",
+        description="Compile Triton launches for a named GPU on any machine, and take them apart.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    common = _Parser(add_help=False)
+    common.add_argument(
+        "--arch",
+        type=_names(list(CHIPS)),
+        default=["sm_90"],
+        metavar="A,B",
+        help=f"of {', '.join(CHIPS)} (default sm_90)",
+    )
+    common.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    common.add_argument(
+        "--jobs", type=_positive, default=2, metavar="N", help="processes that compile (default 2)"
+    )
+    launch = commands.add_parser(
+        "launch", parents=[common], help="what a function of yours launches"
+    )
+    launch.add_argument(
+        "function",
+        type=_function,
+        metavar="module:function",
+        help='takes no arguments; launches Triton kernels on tensors of the CPU or of "meta"',
+    )
+    return parser
+
+
+def _launch_jobs(options: argparse.Namespace) -> list[Job]:
+    name = options.function.__name__
+    return [Job(name, arch, options.function) for arch in options.arch]
+
+
+def _launch_name(report: Report) -> str:
+    suffix = f" w{report.num_warps} s{report.num_stages}"
+    return report.kernel[: 28 - len(suffix)] + suffix
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status: 0, or 1 where a launch failed."""
+    options = _parser().parse_args(arguments)
+    rows = run_jobs(_launch_jobs(options), options.jobs)
+    for row in rows:
+        if row.trace:
+            print(row.trace, file=sys.stderr)
+    # A function may launch several kernels: they go by their own names.
+    rows = [replace(row, label=_launch_name(row.report)) if row.report else row for row in rows]
+    print(table(rows))
+    if options.json:
+        options.json.write_text(to_json(rows))
+    return int(any(row.error for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

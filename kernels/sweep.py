@@ -1,0 +1,117 @@
+"""Jobs of the bench: what to launch for which chip, run in parallel processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+
+from fastagglo.kernels.analysis import Report, analyse
+from fastagglo.kernels.stub import stub_device
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to launch.
+
+    Attributes:
+        label: what its rows are called in the table.
+        arch: e.g. ``"sm_90"``.
+        run: launches Triton kernels; picklable where several processes share the jobs.
+        kernels: names of the kernels to report; all that ``run`` launches where empty.
+        useful_flops: kernel name -> FLOPs of one trip of its main loop, see `analysis.analyse`.
+    """
+
+    label: str
+    arch: str
+    run: Callable[[], object]
+    kernels: tuple[str, ...] = ()
+    useful_flops: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What came of one kernel of a job.
+
+    Attributes:
+        label, arch: the job's.
+        report: None where it failed.
+        launches: how often the job launched this binary.
+        error: one line, and ``trace`` all of it, where the job failed.
+    """
+
+    label: str
+    arch: str
+    report: Report | None = None
+    launches: int = 0
+    error: str = ""
+    trace: str = ""
+
+
+def run_job(job: Job) -> list[Row]:
+    """Compile what the job launches; one row per binary, in the order of their first launches.
+
+    A job that raises, or launches nothing that it is asked to report, yields a row with an error
+    after those of what it did launch.
+    """
+    rows: list[Row] = []
+    error = trace = ""
+    with stub_device(job.arch) as launches:
+        try:
+            job.run()
+        except Exception as problem:  # whatever the user's code, Triton or ptxas raises
+            lines = str(problem).strip().splitlines() or [""]
+            error = f"{type(problem).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}"
+            trace = traceback.format_exc()
+    chosen = [launch for launch in launches if not job.kernels or launch.kernel in job.kernels]
+    if not chosen and not error:
+        error = f"launched no {' or '.join(job.kernels) or 'Triton kernel'}"
+    binaries: dict[bytes, int] = {}
+    for launch in chosen:
+        binaries[launch.cubin] = binaries.get(launch.cubin, 0) + 1
+    for launch in chosen:
+        if times := binaries.pop(launch.cubin, 0):
+            report = analyse(launch, useful_flops=job.useful_flops.get(launch.kernel))
+            rows.append(Row(job.label, job.arch, report, times))
+    if error:
+        rows.append(Row(job.label, job.arch, error=error, trace=trace))
+    return rows
+
+
+def run_jobs(jobs: Sequence[Job], workers: int = 1) -> list[Row]:
+    """The rows of all jobs, in their order.
+
+    Args:
+        jobs: what to launch.
+        workers: processes; 1 stays in this one. Compiled kernels stay in Triton's cache, so that
+            the next run takes them from there.
+    """
+    workers = min(workers, len(jobs))
+    if workers <= 1:
+        return [row for job in jobs for row in run_job(job)]
+    # Fresh processes: a fork of one that has run torch may hang in its thread pools.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        return [row for rows in pool.map(run_job, jobs) for row in rows]
+
+
+def rank(rows: Sequence[Row]) -> list[Row]:
+    """Best first: what fits and does not spill, by non-tensor instructions per useful FLOP.
+
+    Where nobody said what is useful, per tensor-core FLOP. Ties go to the higher bound, then to
+    more warps in an SM. Kernels without tensor cores follow, then failures.
+    """
+
+    def key(row: Row) -> tuple:
+        if row.report is None:
+            return (3,)
+        report, main = row.report, row.report.main
+        if main is None or main.non_tensor_per_mflop is None:
+            return (2, not report.fits, report.spills, -report.occupancy.warps)
+        cost = main.non_tensor_per_useful_mflop or main.non_tensor_per_mflop
+        poor = not report.fits or report.spills
+        return (int(poor), cost, -(main.bound or 0.0), -report.occupancy.warps)
+
+    return sorted(rows, key=key)
