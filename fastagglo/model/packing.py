@@ -240,37 +240,24 @@ def geometry(
         # Patch j of the batch lies behind the prefix tokens of images 0 .. its own.
         patch_at = torch.arange(len(image_ids), device=cpu) + (image_ids + 1) * prefix
         unpack = torch.cat([prefix_at, patch_at])
+        patch_layout = PackedLayout.from_lengths(per_image, device=cpu)
         windows = None
         if window is not None:
-            enter = torch.cat([prefix_at, patch_at[_window_order(grids, window)]])
-            sizes = torch.full((len(image_ids) // window**2,), window**2, device=cpu)
-            windows = Windows(
-                enter.to(device),
-                _inverse(enter).to(device),
-                PackedLayout.from_lengths(sizes, device=device),
-            )
+            images_of = [(h, w) for n, h, w in grids for _ in range(n)]
+            cut = patch_layout.windowed(images_of, window)
+            enter = torch.cat([prefix_at, patch_at[cut.order]])
+            windows = Windows(enter.to(device), _inverse(enter).to(device), cut.layout.to(device))
         return Geometry(
             grids,
             images * prefix,
             PackedLayout.from_lengths(per_image + prefix, device=device),
-            PackedLayout.from_lengths(per_image, device=device),
+            patch_layout.to(device),
             _inverse(unpack).to(device),
             unpack.to(device),
             image_ids.to(device),
             _unit_coordinates(grids).to(device),
             windows,
         )
-
-
-def _window_order(grids: tuple[tuple[int, int, int], ...], window: int) -> Tensor:
-    """For each patch in window order, its row among the batch's patches."""
-    orders, offset = [torch.empty(0, dtype=torch.int64, device="cpu")], 0
-    for n, h, w in grids:
-        rows = torch.arange(offset, offset + n * h * w, device="cpu")
-        rows = rows.view(n, h // window, window, w // window, window)
-        orders.append(rows.transpose(2, 3).flatten())
-        offset += n * h * w
-    return torch.cat(orders)
 
 
 def _unit_coordinates(grids: tuple[tuple[int, int, int], ...]) -> Tensor:

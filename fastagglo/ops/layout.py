@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastagglo.errors import require
 from fastagglo.ops import worklist
+from fastagglo.ops.windows import window_positions, window_rows
 
 _INT32_MAX = 2**31 - 1
 
@@ -130,6 +131,36 @@ class PackedLayout:
         return cls.from_cu_seqlens(info.seqstart_py, capacity, info.seqstart.device)
 
     @classmethod
+    def from_nested(cls, x: Tensor) -> PackedLayout:
+        """The layout of ``x.values()`` for a jagged nested tensor ``(segments, T*, ...)``.
+
+        The capacity is the rows of the values. The offsets are copied to the host, which waits for
+        an accelerator.
+
+        Raises:
+            TypeError: ``x`` is not a nested tensor of the layout ``torch.jagged``.
+            ValueError: the ragged dimension is not the second one, or there are holes between the
+                segments.
+        """
+        if not isinstance(x, Tensor) or x.layout != torch.jagged:
+            came = type(x).__name__
+            if isinstance(x, Tensor):
+                came = f"a {'nested ' if x.is_nested else ''}tensor of layout {x.layout}"
+            raise TypeError(f"x must be a nested tensor with layout=torch.jagged, got {came}")
+        if x._ragged_idx != 1:
+            raise ValueError(
+                f"x must be ragged in dimension 1, (segments, rows*, ...), got dimension "
+                f"{x._ragged_idx}; transpose it back"
+            )
+        if x.lengths() is not None:
+            raise ValueError(
+                "x must have no holes between its segments, got a nested tensor with lengths, as "
+                "torch.nested.narrow makes them; call x.contiguous() first"
+            )
+        return cls.from_cu_seqlens(x.offsets(), x.values().shape[0])
+
+    @classmethod
+    @torch.inference_mode(False)  # a later training step may save what is built for its backward
     def _build(
         cls,
         boundaries: np.ndarray,
@@ -159,16 +190,10 @@ class PackedLayout:
         # Two tensors even on the CPU: torch.compile rejects a function given the same one twice.
         on_cpu, staged = (torch.from_numpy(boundaries.astype(np.int32)) for _ in range(2))
         device = torch.device(torch.get_default_device() if device is None else device)
-        return cls(_upload(staged, device), on_cpu, capacity, tile_rows, max_segments)._ready()
-
-    def _ready(self) -> PackedLayout:
-        """Itself, with its tiles made now if it lives on a GPU, whose kernels read them.
-
-        A compiled graph then finds them as a tensor among its inputs.
-        """
-        if self.device.type in _KERNEL_DEVICES:
-            _ = self.tiles
-        return self
+        layout = cls(_upload(staged, device), on_cpu, capacity, tile_rows, max_segments)
+        if layout.device.type in _KERNEL_DEVICES:
+            _ = layout.tiles  # a compiled graph then finds a tensor among its inputs
+        return layout
 
     @property
     def device(self) -> torch.device:
@@ -218,16 +243,19 @@ class PackedLayout:
         """
         return self._make_tiles()
 
+    @property
+    def _rows_of_tiles(self) -> int:
+        if self.max_segments is None:
+            return self.num_tiles
+        return worklist.max_tiles(self.capacity, self.max_segments)
+
     @torch.compiler.disable
     def _make_tiles(self) -> Tensor:
-        size = None
-        if self.max_segments is not None:
-            size = worklist.max_tiles(self.capacity, self.max_segments)
+        size = None if self.max_segments is None else self._rows_of_tiles
         tiles = worklist.build_tiles(
             self.cu_seqlens_cpu.numpy(), self.capacity, self.tile_rows, size
         )
-        # A later training step may save them for its backward, which inference tensors cannot be.
-        with torch.inference_mode(False):
+        with torch.inference_mode(False):  # as in _build
             return _upload(torch.from_numpy(tiles), self.device)
 
     @cached_property
@@ -235,18 +263,152 @@ class PackedLayout:
         """Rows of ``tiles`` that have work, those for the rows from ``total`` on included."""
         return worklist.count_tiles(self.cu_seqlens_cpu.numpy(), self.capacity, self.tile_rows)
 
+    def windowed(
+        self,
+        grids: Iterable[tuple[int, int]],
+        window: int,
+        *,
+        max_windows: int | None = None,
+    ) -> Windows:
+        """Cut segments that are grids, stored row by row, into square windows.
+
+        Windows are laid segment by segment and row by row, as are the rows within each. Where
+        ``window`` does not divide a grid, those at its lower and right border are smaller.
+
+        Args:
+            grids: ``(h, w)`` of each segment, of ``h * w`` rows. Segments without rows at the end,
+                those of ``max_segments`` say, need none.
+            window: rows and columns of a window.
+            max_windows: ``max_segments`` of the layout of windows.
+
+        Raises:
+            TypeError: ``grids`` are not pairs of integers, or ``window`` or ``max_windows`` is not
+                an integer.
+            ValueError: grids that do not fit the segments, ``window`` below 1, or more windows than
+                ``max_windows``.
+        """
+        window = _integer("window", window)
+        if window < 1:
+            raise ValueError(f"window must be at least 1, got {window}")
+        sides = self._check_grids(grids)
+        rows = window_rows(sides, window)
+        if max_windows is not None and _integer("max_windows", max_windows) < rows.size:
+            raise ValueError(
+                f"max_windows must be at least the number of windows, {rows.size}, got "
+                f"{max_windows}"
+            )
+        places = np.arange(self.capacity)
+        places[: self.total] = window_positions(sides, window)
+        order = np.empty_like(places)
+        order[places] = np.arange(self.capacity)
+        with torch.inference_mode(False):  # as in _build
+            return Windows(
+                _upload(torch.from_numpy(order), self.device),
+                _upload(torch.from_numpy(places), self.device),
+                PackedLayout.from_lengths(
+                    rows, self.capacity, self.device, max_segments=max_windows
+                ),
+            )
+
+    def _check_grids(self, grids: Iterable[tuple[int, int]]) -> np.ndarray:
+        """The grids as an int64 array (grids, 2)."""
+        if not isinstance(grids, Iterable):
+            raise TypeError(f"grids must be pairs (h, w), got {grids!r}")
+        pairs = grids.tolist() if isinstance(grids, Tensor | np.ndarray) else list(grids)
+        for i, grid in enumerate(pairs):
+            if not isinstance(grid, Sequence) or len(grid) != 2:
+                raise TypeError(f"grids[{i}] must be a pair (h, w), got {grid!r}")
+        columns = [[pair[i] for pair in pairs] for i in range(2)]
+        names = ("h of grids", "w of grids")
+        sides = np.stack(list(map(_integers, names, columns)), axis=1)
+        lengths = np.array(self.lengths, dtype=np.int64)
+        if len(sides) > lengths.size or lengths[len(sides) :].any():
+            raise ValueError(
+                f"grids must have one (h, w) for each of {lengths.size} segments, got {len(sides)}"
+            )
+        lengths = lengths[: len(sides)]
+        bounded = sides.clip(0, _INT32_MAX)  # whose products fit int64
+        wrong = (bounded != sides).any(axis=1) | (bounded.prod(axis=1) != lengths)
+        if wrong.any():
+            at = int(wrong.argmax())
+            h, w = pairs[at]
+            raise ValueError(f"grids[{at}] is {h} x {w}, but segment {at} has {lengths[at]} rows")
+        return sides
+
+    def copy_(self, source: PackedLayout) -> PackedLayout:
+        """Take over another layout in place, without waiting for the device.
+
+        ``cu_seqlens``, ``cu_seqlens_cpu`` and ``tiles`` stay the same tensors with new numbers, so
+        that a CUDA graph captured with this layout runs the other's mix. What else was worked out,
+        ``segment_ids`` say, is made anew when next asked for.
+
+        Args:
+            source: a layout on any device whose buffers have the same sizes: sure to be so with the
+                same ``capacity`` and ``max_segments``.
+
+        Returns:
+            Itself.
+
+        Raises:
+            TypeError: ``source`` is not a layout.
+            ValueError: its buffers have other sizes.
+        """
+        if not isinstance(source, PackedLayout):
+            raise TypeError(f"source must be a PackedLayout, got {type(source).__name__}")
+        for what in ("capacity", "num_segments", "tile_rows", "_rows_of_tiles"):
+            mine, other = getattr(self, what), getattr(source, what)
+            if mine != other:
+                name = "len(tiles)" if what == "_rows_of_tiles" else what
+                raise ValueError(
+                    f"source must have the {name} of this layout, {mine}, got {other}; make both "
+                    "with the same capacity and max_segments"
+                )
+        source = source.to(self.device)
+        self.cu_seqlens.copy_(source.cu_seqlens, non_blocking=True)
+        self.cu_seqlens_cpu.copy_(source.cu_seqlens_cpu)
+        if "tiles" in vars(self):
+            self.tiles.copy_(source.tiles, non_blocking=True)
+        kept = {field.name for field in fields(self)} | {"tiles"}
+        for name in vars(self).keys() - kept:
+            del vars(self)[name]
+        return self
+
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout for tensors on another device; itself if it is there already."""
         device = torch.empty(0, device=device).device  # "cuda" is the current one of several
         if device == self.device:
             return self
-        return PackedLayout(
-            _upload(self.cu_seqlens_cpu.clone(), device),
-            self.cu_seqlens_cpu.clone(),
-            self.capacity,
-            self.tile_rows,
-            self.max_segments,
-        )._ready()
+        boundaries = self.cu_seqlens_cpu.numpy().astype(np.int64)
+        return self._build(boundaries, self.capacity, device, self.max_segments)
+
+    def to_nested(self, x: Tensor) -> Tensor:
+        """The first ``total`` rows of a packed tensor as a jagged nested one, without a copy.
+
+        Args:
+            x: ``(T, ...)`` with ``T == capacity``, on the layout's device.
+
+        Returns:
+            ``(num_segments, T*, ...)`` with ``layout=torch.jagged``; gradients flow through it.
+
+        Raises:
+            TypeError: ``x`` is not a tensor.
+            ValueError: ``x`` has other rows or is elsewhere.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if x.dim() == 0 or x.shape[0] != self.capacity:
+            raise ValueError(
+                f"x must have {self.capacity} rows, the layout's capacity, got shape "
+                f"{tuple(x.shape)}"
+            )
+        if x.device != self.device:
+            raise ValueError(f"x must be on the layout's device, {self.device}, got {x.device}")
+        return torch.nested.nested_tensor_from_jagged(
+            x[: self.total],
+            self.cu_seqlens.long(),
+            min_seqlen=min(self.lengths, default=0),  # given, they need not be read back
+            max_seqlen=self.max_length,
+        )
 
     def to_xformers(self) -> Any:
         """This layout as ``xformers.ops.fmha.attn_bias.BlockDiagonalMask`` over ``total`` rows.
@@ -273,6 +435,22 @@ class PackedLayout:
             f"PackedLayout({self.num_segments} segments [{shown}], {self.total} of "
             f"{self.capacity} rows, device={str(self.device)!r})"
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """A layout's rows window by window: see :meth:`PackedLayout.windowed`.
+
+    Attributes:
+        order: ``(T,)`` int64, the packed row of each row in window order: ``x[order]`` is in window
+            order. Rows behind the last segment stay where they are.
+        inverse: ``(T,)`` int64, its inverse: ``x[order][inverse]`` is ``x``.
+        layout: of the window order, a segment per window.
+    """
+
+    order: Tensor
+    inverse: Tensor
+    layout: PackedLayout
 
 
 def _upload(tensor: Tensor, device: torch.device) -> Tensor:

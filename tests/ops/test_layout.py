@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import operator
 import pickle
 import sys
 
@@ -268,3 +270,232 @@ def test_xformers_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "xformers.ops.fmha.attn_bias", None)
     with pytest.raises(UserError, match=r'pip install "fastagglo\[xformers\]"'):
         PackedLayout.from_lengths([3]).to_xformers()
+
+
+# --- windows --------------------------------------------------------------------------------------
+
+GRIDS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=6)
+
+
+@given(GRIDS, st.integers(1, 10), st.integers(0, 3), st.none() | st.integers(0, 2))
+@settings(max_examples=150, deadline=None, derandomize=True)
+def test_windows_against_a_loop(grids, window, spare, more):
+    lengths = [h * w for h, w in grids]
+    max_segments = None if more is None else len(grids) + more
+    layout = PackedLayout.from_lengths(lengths, sum(lengths) + spare, max_segments=max_segments)
+    order, sizes, start = [], [], 0
+    for h, w in grids:
+        for top in range(0, h, window):
+            for left in range(0, w, window):
+                rows = [
+                    start + y * w + x
+                    for y in range(top, min(top + window, h))
+                    for x in range(left, min(left + window, w))
+                ]
+                order += rows
+                sizes.append(len(rows))
+        start += h * w
+    order += range(start, layout.capacity)
+
+    windows = layout.windowed(grids, window)
+    assert windows.order.tolist() == order
+    assert windows.order.dtype == windows.inverse.dtype == torch.int64
+    assert windows.order[windows.inverse].tolist() == list(range(layout.capacity))
+    assert windows.layout.lengths == tuple(sizes)
+    assert (windows.layout.capacity, windows.layout.total) == (layout.capacity, layout.total)
+    assert windows.layout.max_segments is None
+    if grids:
+        again = layout.windowed(np.array(grids), window)
+        assert torch.equal(again.order, windows.order)
+    fixed = layout.windowed(iter(grids), np.int64(window), max_windows=len(sizes) + 2)
+    assert fixed.layout.lengths == (*sizes, 0, 0)
+    assert fixed.layout.max_segments == len(sizes) + 2
+
+
+def test_windows_live_with_the_layout():
+    windows = PackedLayout.from_lengths([6], device="meta").windowed([(2, 3)], 2)
+    assert {windows.order.device.type, windows.inverse.device.type} == {"meta"}
+    assert windows.layout.device.type == "meta"
+    with torch.inference_mode():
+        windows = PackedLayout.from_lengths([6]).windowed([(2, 3)], 2)
+        assert not windows.order.is_inference()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (([(2, 3)], 2), ValueError, r"one \(h, w\) for each of 3 segments, got 1"),
+        (([(2, 3), (2, 2), (0, 0), (0, 0)], 2), ValueError, r"each of 3 segments, got 4"),
+        (([(2, 3), (1, 3)], 2), ValueError, r"grids\[1\] is 1 x 3, but segment 1 has 4 rows"),
+        (([(-2, -3), (2, 2)], 2), ValueError, r"grids\[0\] is -2 x -3, but segment 0 has 6 rows"),
+        (([(2, 3), (2, 2), (2**32, 2**32)], 2), ValueError, r"grids\[2\] is 4294967296 x"),
+        (([(2, 3), (2, 2, 1)], 2), TypeError, r"grids\[1\] must be a pair \(h, w\)"),
+        (([(2, 3), 4], 2), TypeError, r"grids\[1\] must be a pair \(h, w\), got 4"),
+        (([(2, 3), (2.0, 2)], 2), TypeError, r"h of grids\[1\] must be an integer, got 2.0"),
+        ((7, 2), TypeError, r"grids must be pairs \(h, w\), got 7"),
+        (([(2, 3), (2, 2)], 0), ValueError, r"window must be at least 1, got 0"),
+        (([(2, 3), (2, 2)], 2.0), TypeError, r"window must be an integer, got 2.0"),
+        (([(2, 3), (2, 2)], 2, 2), ValueError, r"max_windows must be at least .* 3, got 2"),
+    ],
+)
+def test_windowed_rejects(arguments, error, match):
+    layout = PackedLayout.from_lengths([6, 4], max_segments=3)
+    with pytest.raises(error, match=match):
+        layout.windowed(*arguments[:2], max_windows=(*arguments, None)[2])
+
+
+# --- jagged nested tensors ------------------------------------------------------------------------
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=6), st.integers(0, 3))
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_nested_there_and_back(lengths, spare):
+    layout = PackedLayout.from_lengths(lengths, sum(lengths) + spare)
+    x = torch.randn(layout.capacity, 3, requires_grad=True)
+    nested = layout.to_nested(x)
+    parts = x[: layout.total].split(lengths)
+    assert nested.layout == torch.jagged
+    assert len(nested.unbind()) == len(lengths)
+    assert all(map(torch.equal, nested.unbind(), parts))
+    back = PackedLayout.from_nested(nested)
+    assert (back.lengths, back.capacity) == (tuple(lengths), layout.total)
+    (nested.values() * 2).sum().backward()
+    assert x.grad[: layout.total].eq(2).all()
+    assert x.grad[layout.total :].eq(0).all()
+
+
+def test_nested_as_pytorch_makes_them():
+    parts = [torch.randn(n, 2, 4) for n in (3, 0, 5)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.jagged)
+    layout = PackedLayout.from_nested(nested)
+    assert (layout.lengths, layout.capacity) == ((3, 0, 5), 8)
+    spare = torch.nested.nested_tensor_from_jagged(torch.randn(11, 4), nested.offsets())
+    assert PackedLayout.from_nested(spare).capacity == 11
+    assert torch.equal(layout.to_nested(nested.values())[2], parts[2])
+    # Its longest segment is known without reading the device's numbers, which "meta" has not.
+    unread = layout.to("meta").to_nested(torch.empty(8, 2, 4, device="meta"))
+    assert unread.to_padded_tensor(0.0).shape == (3, 5, 2, 4)
+    no_segments = PackedLayout.from_lengths([], 2).to_nested(torch.ones(2, 3))
+    assert no_segments.shape[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_rejects():
+    nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)], layout=torch.jagged)
+    holes = torch.nested.narrow(
+        torch.randn(2, 6, 4), 1, torch.tensor([0, 1]), torch.tensor([2, 3]), layout=torch.jagged
+    )
+    strided = torch.nested.nested_tensor([torch.randn(3, 4)])
+    for x, error, match in (
+        (nested.transpose(1, 2), ValueError, r"ragged in dimension 1.*got dimension 2"),
+        (holes, ValueError, r"no holes.*call x.contiguous\(\) first"),
+        (strided, TypeError, r"layout=torch.jagged, got a nested tensor of layout torch.strided"),
+        (torch.randn(3, 4), TypeError, r"layout=torch.jagged, got a tensor of layout torch.str"),
+        ([3, 4], TypeError, r"layout=torch.jagged, got list"),
+    ):
+        with pytest.raises(error, match=match):
+            PackedLayout.from_nested(x)
+    assert PackedLayout.from_nested(holes.contiguous()).lengths == (2, 3)
+    layout = PackedLayout.from_nested(nested)
+    for x, error, match in (
+        (torch.randn(7, 4), ValueError, r"8 rows, the layout's capacity, got shape \(7, 4\)"),
+        (torch.tensor(1.0), ValueError, r"8 rows, the layout's capacity, got shape \(\)"),
+        (torch.randn(8, 4, device="meta"), ValueError, r"layout's device, cpu, got meta"),
+        ([3], TypeError, r"x must be a tensor, got list"),
+    ):
+        with pytest.raises(error, match=match):
+            layout.to_nested(x)
+
+
+# --- one layout's buffers with another's numbers --------------------------------------------------
+
+
+@given(st.data(), st.integers(0, 600), st.integers(0, 6))
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_copy_against_a_fresh_layout(data, capacity, max_segments):
+    def draw():
+        cuts = st.lists(st.integers(0, capacity), min_size=1, max_size=max_segments + 1)
+        cuts = sorted(data.draw(cuts))
+        return [b - a for a, b in itertools.pairwise(cuts)]
+
+    target, source = (
+        PackedLayout.from_lengths(draw(), capacity, max_segments=max_segments) for _ in range(2)
+    )
+    buffers = target.cu_seqlens, target.cu_seqlens_cpu
+    if data.draw(st.booleans()):
+        buffers += (target.tiles,)
+    for name in ("lengths", "total", "max_length", "segment_ids", "num_tiles"):
+        getattr(target, name)
+    assert target.copy_(source) is target
+    now = (target.cu_seqlens, target.cu_seqlens_cpu, target.tiles)[: len(buffers)]
+    assert all(map(operator.is_, now, buffers))
+    assert_same(target, source)
+
+
+def assert_same(found, expected):
+    for name in ("cu_seqlens", "cu_seqlens_cpu", "tiles", "segment_ids"):
+        assert torch.equal(getattr(found, name), getattr(expected, name)), name
+    for name in ("lengths", "total", "max_length", "num_tiles", "capacity", "max_segments"):
+        assert getattr(found, name) == getattr(expected, name), name
+
+
+def test_a_copy_leaves_other_layouts_alone():
+    source = PackedLayout.from_lengths([200, 3], 300, max_segments=4)
+    target = PackedLayout.from_lengths([1, 2, 3], 300, max_segments=4)
+    _ = source.tiles, target.tiles
+    moved, clone = target.to("meta"), copy.deepcopy(target)
+    target.copy_(source)
+    target.copy_(target)
+    target.copy_(source.to("meta"))
+    assert_same(target, source)
+    for other in (moved.to("cpu"), clone, pickle.loads(pickle.dumps(clone))):
+        assert_same(other, PackedLayout.from_lengths([1, 2, 3], 300, max_segments=4))
+    target.copy_(clone)
+    assert_same(target, clone)
+    assert source.lengths == (200, 3, 0, 0)
+    with torch.inference_mode():
+        made = PackedLayout.from_lengths([9], 300, max_segments=4)
+    assert made.copy_(source).lengths == source.lengths
+
+
+def test_copy_without_fixed_buffers():
+    target, source = PackedLayout.from_lengths([300, 4]), PackedLayout.from_lengths([4, 300])
+    assert_same(target.copy_(source), source)
+
+
+@pytest.mark.parametrize(
+    ("source", "error", "match"),
+    [
+        ([3, 4], TypeError, r"source must be a PackedLayout, got list"),
+        (PackedLayout.from_lengths([300], 301), ValueError, r"the capacity .*, 300, got 301"),
+        (PackedLayout.from_lengths([299, 1]), ValueError, r"the num_segments .*, 1, got 2"),
+        (PackedLayout.from_lengths([60], 300), ValueError, r"the tile_rows .*, 128, got 64"),
+        (PackedLayout.from_lengths([129], 300), ValueError, r"the len\(tiles\) .*, 3, got 4"),
+    ],
+)
+def test_copy_rejects(source, error, match):
+    layout = PackedLayout.from_lengths([300])
+    _ = layout.tiles
+    with pytest.raises(error, match=match):
+        layout.copy_(source)
+    assert layout.lengths == (300,)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_cuda_graph_follows_a_copy():
+    layout = PackedLayout.from_lengths([300, 5], 400, "cuda", max_segments=6)
+    total = torch.zeros(4, dtype=torch.int64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    torch.sum(layout.tiles, 0, out=total)
+    with torch.cuda.graph(graph):
+        torch.sum(layout.tiles, 0, out=total)
+    for lengths in ([400], [1, 2, 3, 4, 5, 6]):
+        source = PackedLayout.from_lengths(lengths, 400, max_segments=6)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            layout.copy_(source)
+            graph.replay()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert total.tolist() == source.tiles.sum(0).tolist()
+        assert layout.lengths == source.lengths
