@@ -28,6 +28,7 @@ from typing import NoReturn
 
 import torch
 import triton
+
 from fastagglo.kernels.analysis import Loop, Report, analyse
 from fastagglo.kernels.chips import CHIPS, Chip, Occupancy, chip, occupancy
 from fastagglo.kernels.stub import Launch, stub_device
@@ -63,9 +64,9 @@ waiting for memory, barriers or dependencies: it ranks kernels, it predicts no t
 SM and what limits them. spill: stores+loads, bytes per thread. smem: KiB per CTA."""
 
 _HEADER = (
-    f"{'':28} {'reg':>3} {'spill':>7} {'smem':>6} {'occ':<7}"
+    f"{'':24} {'reg':>3} {'spill':>7} {'smem':>5} {'occ':<7}"
     f" {'tens':>4} {'mufu':>4} {'fp':>4} {'int':>4} {'cvt':>3} {'shfl':>4} {'shm':>3} {'glb':>3}"
-    f" {'bar':>3} {'all':>5} {'ir/MF':>5} {'/use':>5} {'bound':<10}"
+    f" {'bar':>3} {'all':>4} {'ir/MF':>5} {'/use':>5} bound"
 )
 _SHORT = {"registers": "reg", "shared": "smem", "threads": "warps", "ctas": "slots"}
 
@@ -79,11 +80,11 @@ def table(rows: Sequence[Row]) -> str:
             f"{arch}: {sm.shared_cta // 1024} KiB of shared memory per CTA, {sm.warps} warps and"
             f" {sm.tensor['bf16']} dense bf16 FLOP per clock per SM"
         )
-        lines.append(_HEADER.rstrip())
+        lines.append(_HEADER)
         notes = []
         for row in group:
             if row.report is None:
-                lines.append(_cut(f"{_name(row):28} {row.error}"))
+                lines.append(_cut(f"{_name(row):24} {row.error}"))
                 continue
             lines.append(_line(_name(row), row.report))
             notes += [f"  {_name(row)}: {note}" for note in row.report.notes]
@@ -93,7 +94,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def _name(row: Row) -> str:
-    return row.label if len(row.label) <= 28 else row.label[:27] + "…"
+    return row.label if len(row.label) <= 24 else row.label[:23] + "…"
 
 
 def _cut(line: str) -> str:
@@ -105,7 +106,7 @@ def _line(name: str, report: Report) -> str:
     residents = report.occupancy
     limiter = residents.limiter.partition("+")[0]
     text = (
-        f"{name:28} {report.registers:>3} {spill:>7} {report.shared / 1024:>6.1f}"
+        f"{name:24} {report.registers:>3} {spill:>7} {report.shared / 1024:>5.1f}"
         f" {residents.ctas:>2} {_SHORT.get(limiter, limiter):<4}"
     )
     if not report.fits:
@@ -115,7 +116,7 @@ def _line(name: str, report: Report) -> str:
     loop, n = report.main, report.main.counts
     text += (
         f" {n['tensor']:>4} {n['mufu']:>4} {n['float']:>4} {n['integer']:>4} {n['convert']:>3}"
-        f" {n['shuffle']:>4} {n['shared']:>3} {n['global']:>3} {n['sync']:>3} {n['total']:>5}"
+        f" {n['shuffle']:>4} {n['shared']:>3} {n['global']:>3} {n['sync']:>3} {n['total']:>4}"
     )
     costs = (loop.non_tensor_per_mflop, loop.non_tensor_per_useful_mflop)
     text += "".join(f" {'-' if cost is None else round(cost):>5}" for cost in costs)
@@ -209,7 +210,7 @@ def _launch_jobs(options: argparse.Namespace) -> list[Job]:
 
 def _launch_name(report: Report) -> str:
     suffix = f" w{report.num_warps} s{report.num_stages}"
-    return report.kernel[: 28 - len(suffix)] + suffix
+    return report.kernel[: 24 - len(suffix)] + suffix
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

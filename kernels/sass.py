@@ -45,7 +45,7 @@ _CLASS_OF = {word: name for name, words in _CLASSES.items() for word in words.sp
 CLASSES = tuple(_CLASSES)
 
 _INSTRUCTION = re.compile(
-    r"^\s*/\*([0-9a-f]+)\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][\w.]*)\s*(.*?);?\s*$"
+    r"^\s*/\*([0-9a-f]+)\*/\s+(?:@(!?U?P[0-9T]+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;?\s*$"
 )
 _LABEL = re.compile(r"^([.$\w]+):\s*$")
 _TARGET = re.compile(r"`\(([^)]+)\)")
