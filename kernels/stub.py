@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 import triton
-from fastagglo.kernels.chips import Chip, chip
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.cache import get_cache_manager
+
+from fastagglo.kernels.chips import Chip, chip
 
 
 @dataclass(frozen=True)
