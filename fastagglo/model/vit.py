@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastagglo.ops.attention import packed_attention
+from fastagglo.ops.attention import packed_attention_qkv
 from fastagglo.ops.heads import LayerNorm
 from fastagglo.ops.layout import PackedLayout
 
@@ -24,9 +24,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
         """``x`` (T, C) -> (T, C)."""
-        # Views of one matrix: the attention op takes any strides with a unit last one.
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
-        return self.proj(packed_attention(q, k, v, layout).flatten(1))
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))
+        return self.proj(packed_attention_qkv(qkv, layout).flatten(1))
 
 
 class GeluMLP(nn.Module):

@@ -2,7 +2,7 @@
 of the same name in `fastagglo.ops.reference`, the executable specification."""
 
 from fastagglo.ops import reference
-from fastagglo.ops.attention import packed_attention
+from fastagglo.ops.attention import packed_attention, packed_attention_qkv
 from fastagglo.ops.backend import use_backend
 from fastagglo.ops.heads import AdaptorHeads, AdaptorMLP, HeadSpec, adaptor_mlp
 from fastagglo.ops.layout import PackedLayout
@@ -28,6 +28,7 @@ __all__ = [
     "merge_tokens",
     "multi_teacher_loss",
     "packed_attention",
+    "packed_attention_qkv",
     "reference",
     "term_image_weights",
     "unmerge_tokens",

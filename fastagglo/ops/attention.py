@@ -1,33 +1,31 @@
-"""Attention over packed images of any mix of sizes: public function, operators, CPU path.
+"""Attention over packed images of any mix of sizes: public functions and operators.
 
 The road of a call: :func:`packed_attention` checks and picks a backend; ``_PackedAttention`` is its
-gradient; ``fastagglo::packed_attention_fwd`` and ``_bwd`` are what a compiler sees; below them each
-run of segments of one length goes through one dense kernel, as a view, without padding or masks.
+gradient; ``fastagglo::packed_attention_fwd`` and ``_bwd`` are what a compiler sees; below them lie
+the Triton kernels of ``kernels/attention.py`` and the PyTorch path of ``attention_torch.py``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import pairwise
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastagglo.errors import require
+from fastagglo.kernels import attention as kernel
+from fastagglo.kernels.tiles import OLDEST_ARCH, capability
+from fastagglo.ops import attention_torch
 from fastagglo.ops.autocast import autocast_enabled
 from fastagglo.ops.backend import resolve
 from fastagglo.ops.layout import PackedLayout
 
-_BACKENDS = ("torch", "xformers")
+_BACKENDS = ("torch", "triton", "xformers")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-# Elements of one (segments, heads, queries, keys) block of logits in the plain path: 64 MB of fp32.
-_BLOCK_ELEMENTS = 2**24
 
 
 def packed_attention(
@@ -68,8 +66,13 @@ def packed_attention(
     Returns:
         ``(T, H, D)``, contiguous, in the dtype of ``q`` (autocast's under autocast).
 
-    Differentiable once in ``q``, ``k``, ``v`` and ``key_bias``. Two runs on a CPU are bit-equal.
-    The backend ``"xformers"`` (CUDA alone) takes no ``key_bias``.
+    Differentiable once in ``q``, ``k``, ``v`` and ``key_bias``. Two runs are bit-equal on the
+    backends ``"torch"`` on a CPU and ``"triton"``. The latter, the default on CUDA, takes bfloat16,
+    float16 and float32 and head dims of 16, 24, ..., 128; what it does not take runs on
+    ``"torch"``, unless it was asked for by name. float32 is multiplied in full, or in TF32 where
+    ``torch.backends.cuda.matmul.fp32_precision`` says so. ``"xformers"`` (CUDA alone) takes no
+    ``key_bias``. Where q, k and v are views of one projection, :func:`packed_attention_qkv` saves
+    the backward a copy.
 
     Raises:
         TypeError: an argument is of the wrong kind or dtype.
@@ -80,14 +83,53 @@ def packed_attention(
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    # torch.compile takes no tensor twice, and attention of x over itself is a fair thing to ask.
+    if k is q:
+        k = k.view_as(k)
+    if v is q or v is k:
+        v = v.view_as(v)
+    return _attend((q, k, v), layout, key_bias, scale)
+
+
+def packed_attention_qkv(
+    qkv: Tensor,
+    layout: PackedLayout,
+    *,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`packed_attention` of one fused projection.
+
+    The same as ``packed_attention(*qkv.unbind(1), layout, ...)``, but the backward writes one fused
+    gradient, where autograd would stack three.
+
+    Args:
+        qkv: ``(T, 3, H, D)``: queries, keys and values of each token.
+        layout, key_bias, scale: as in :func:`packed_attention`, whose errors are the same too.
+
+    Returns:
+        ``(T, H, D)``.
+    """
+    if not isinstance(qkv, Tensor):
+        raise TypeError(f"qkv must be a tensor, got {type(qkv).__name__}")
+    if qkv.dim() != 4 or qkv.shape[1] != 3:
+        raise ValueError(f"qkv must be (tokens, 3, heads, head dim), got shape {tuple(qkv.shape)}")
+    return _attend((qkv,), layout, key_bias, scale)
+
+
+def _attend(
+    qkv: tuple[Tensor, ...], layout: PackedLayout, key_bias: Tensor | None, scale: float | None
+) -> Tensor:
+    """Attention of (q, k, v), or of a single fused tensor."""
     if not isinstance(layout, PackedLayout):
         raise TypeError(
             "layout must be a PackedLayout, from PackedLayout.from_lengths; got "
             f"{type(layout).__name__}"
         )
-    if autocast_enabled(q.device):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x if x.dtype == torch.float64 else x.to(dtype) for x in (q, k, v))
+    if autocast_enabled(qkv[0].device):
+        dtype = torch.get_autocast_dtype(qkv[0].device.type)
+        qkv = tuple(x if x.dtype == torch.float64 else x.to(dtype) for x in qkv)
+    q, k, v = _three(qkv)
     _check(q, k, v, layout, key_bias)
     if scale is None:
         scale = q.shape[2] ** -0.5
@@ -96,23 +138,35 @@ def packed_attention(
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale!r}")
 
-    if resolve("packed_attention", q.device, _BACKENDS) == "xformers":
+    backend = resolve("packed_attention", q.device, _BACKENDS, {"triton": _why_not_triton(q)})
+    if backend == "xformers":
         if key_bias is not None:
             raise ValueError(
                 "packed_attention: the backend 'xformers' has no per-key bias; leave key_bias out "
-                "or use the backend 'torch'"
+                "or use the backend 'triton' or 'torch'"
             )
         return _xformers(q, k, v, layout, float(scale))
     if key_bias is not None:
-        key_bias = key_bias.to(_exact(q.dtype))
+        key_bias = key_bias.to(attention_torch.exact(q.dtype))
         if key_bias.dim() == 1:
             key_bias = key_bias[:, None].expand(-1, q.shape[1])
-    # torch.compile takes no tensor twice, and attention of x over itself is a fair thing to ask.
-    if k is q:
-        k = k.view_as(k)
-    if v is q or v is k:
-        v = v.view_as(v)
-    return _PackedAttention.apply(q, k, v, key_bias, layout.cu_seqlens_cpu, float(scale))
+    if backend == "triton":
+        segments, tile_rows = layout.tiles, layout.tile_rows
+    else:
+        segments, tile_rows = layout.cu_seqlens_cpu, 0
+    return _PackedAttention.apply(key_bias, segments, tile_rows, float(scale), *qkv)
+
+
+def _why_not_triton(q: Tensor) -> str | None:
+    """What keeps the kernels from a call that is otherwise fine."""
+    if not kernel.supports(q.dtype, q.shape[2]):
+        return (
+            "its kernels take bfloat16, float16 and float32 and head dims of 16, 24, ..., 128, got "
+            f"{q.dtype} and {q.shape[2]}"
+        )
+    if q.is_cuda and capability(q.device.index) < OLDEST_ARCH:
+        return f"its kernels need a GPU of compute capability {OLDEST_ARCH / 10} or later"
+    return None
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, key_bias: Tensor | None) -> None:
@@ -156,51 +210,75 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: PackedLayout, key_bias: Tens
 
 
 class _PackedAttention(torch.autograd.Function):
-    """Saves one log-sum per token and head, and makes the weights again in the backward."""
+    """Saves one log-sum per token and head, and makes the weights again in the backward.
+
+    Takes q, k and v as three tensors or as one of (T, 3, H, D), and gives as many gradients.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
         key_bias: Tensor | None,
-        cu_seqlens_cpu: Tensor,
+        segments: Tensor,
+        tile_rows: int,
         scale: float,
+        *qkv: Tensor,
     ) -> Tensor:
+        q, k, v = _three(qkv)
         out, lse = torch.ops.fastagglo.packed_attention_fwd(
-            q, k, v, key_bias, cu_seqlens_cpu, scale
+            q, k, v, key_bias, segments, tile_rows, scale
         )
-        ctx.save_for_backward(q, k, v, key_bias, cu_seqlens_cpu, out, lse)
-        ctx.scale = scale
+        ctx.save_for_backward(key_bias, segments, out, lse, *qkv)
+        ctx.tile_rows, ctx.scale = tile_rows, scale
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, key_bias, cu_seqlens_cpu, out, lse = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:4]
-        grads = torch.ops.fastagglo.packed_attention_bwd(
-            grad_out, q, k, v, key_bias, cu_seqlens_cpu, out, lse, ctx.scale, needed[3]
+        key_bias, segments, out, lse, *qkv = ctx.saved_tensors
+        bias_grad = ctx.needs_input_grad[0]
+        fused = len(qkv) == 1
+        grads, grad_bias = torch.ops.fastagglo.packed_attention_bwd(
+            grad_out,
+            *_three(qkv),
+            key_bias,
+            segments,
+            ctx.tile_rows,
+            out,
+            lse,
+            ctx.scale,
+            bias_grad,
+            fused,
         )
-        asked = (grad if need else None for grad, need in zip(grads, needed, strict=True))
-        return *asked, None, None
+        split = (grads,) if fused else grads.unbind(0)
+        asked = zip(split, ctx.needs_input_grad[4:], strict=True)
+        return (
+            grad_bias.T if bias_grad else None,
+            *(None, None, None),
+            *(grad if need else None for grad, need in asked),
+        )
+
+
+def _three(qkv: Sequence[Tensor]) -> Sequence[Tensor]:
+    return qkv[0].unbind(1) if len(qkv) == 1 else qkv
 
 
 # --- the operators --------------------------------------------------------------------------------
 
 _library = torch.library.Library("fastagglo", "FRAGMENT")
-# The boundaries are a tensor, so that one compiled graph serves every mix, and on the CPU, so that
-# the loop over them never waits for a device. lse is (T, H), 0 where a segment has no key left.
-# grad_key_bias is (T, H), or (0, H) when not asked for.
+# segments is a tensor, so that one compiled graph serves every mix. With tile_rows 0 it holds the
+# boundaries, on the CPU, so that the loop over them never waits for a device; else it is the work
+# list of the Triton kernels, on the device, so that a CUDA graph can hold the launch.
+# lse is (H, T), in whatever form the same backend's backward reads it. grads is (3, T, H, D), or
+# (T, 3, H, D) if fused; grad_key_bias is (H, T), or (H, 0) when not asked for.
 _library.define(
-    "packed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_bias, "
-    "Tensor cu_seqlens_cpu, float scale) -> (Tensor out, Tensor lse)"
+    "packed_attention_fwd(Tensor q, Tensor k, Tensor v, Tensor? key_bias, Tensor segments, "
+    "int tile_rows, float scale) -> (Tensor out, Tensor lse)"
 )
 _library.define(
     "packed_attention_bwd(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor? key_bias, "
-    "Tensor cu_seqlens_cpu, Tensor out, Tensor lse, float scale, "
-    "bool bias_grad) -> (Tensor grad_q, Tensor grad_k, Tensor grad_v, Tensor grad_key_bias)"
+    "Tensor segments, int tile_rows, Tensor out, Tensor lse, float scale, bool bias_grad, "
+    "bool fused) -> (Tensor grads, Tensor grad_key_bias)"
 )
 
 
@@ -210,10 +288,12 @@ def _(
     k: Tensor,
     v: Tensor,
     key_bias: Tensor | None,
-    cu_seqlens_cpu: Tensor,
+    segments: Tensor,
+    tile_rows: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape), q.new_empty(q.shape[:2], dtype=_exact(q.dtype))
+    rows, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((heads, rows), dtype=attention_torch.exact(q.dtype))
 
 
 @torch.library.register_fake("fastagglo::packed_attention_bwd")
@@ -223,14 +303,17 @@ def _(
     k: Tensor,
     v: Tensor,
     key_bias: Tensor | None,
-    cu_seqlens_cpu: Tensor,
+    segments: Tensor,
+    tile_rows: int,
     out: Tensor,
     lse: Tensor,
     scale: float,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grads = [q.new_empty(q.shape) for _ in range(3)]
-    return *grads, lse.new_empty(lse.shape if bias_grad else (0, q.shape[1]))
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    rows, heads, width = q.shape
+    shape = (rows, 3, heads, width) if fused else (3, rows, heads, width)
+    return q.new_empty(shape), lse.new_empty((heads, rows if bias_grad else 0))
 
 
 @torch.library.impl(_library, "packed_attention_fwd", "CompositeExplicitAutograd")
@@ -239,20 +322,14 @@ def _forward(
     k: Tensor,
     v: Tensor,
     key_bias: Tensor | None,
-    cu_seqlens_cpu: Tensor,
+    segments: Tensor,
+    tile_rows: int,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
+    if tile_rows == 0:
+        return attention_torch.forward(q, k, v, key_bias, segments, scale)
     q, k, v = map(_readable, (q, k, v))
-    kernel = _flash_forward if q.device.type == "cpu" else _plain_forward
-    outs, lses = [], []
-    with torch.autocast(q.device.type, enabled=False):
-        for run in _runs(cu_seqlens_cpu):
-            bias = None if key_bias is None else _dense(key_bias, run)
-            out, lse = kernel(*(_dense(x, run) for x in (q, k, v)), bias, scale)
-            outs.append(_packed(out))
-            lses.append(_packed(lse))
-    exact = _exact(q.dtype)
-    return _join(outs, q.shape, q), _join(lses, q.shape[:2], q.new_empty(0, dtype=exact))
+    return kernel.forward(q, k, v, key_bias, segments, tile_rows, scale)
 
 
 @torch.library.impl(_library, "packed_attention_bwd", "CompositeExplicitAutograd")
@@ -262,162 +339,33 @@ def _backward(
     k: Tensor,
     v: Tensor,
     key_bias: Tensor | None,
-    cu_seqlens_cpu: Tensor,
+    segments: Tensor,
+    tile_rows: int,
     out: Tensor,
     lse: Tensor,
     scale: float,
     bias_grad: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad_out, q, k, v = map(_readable, (grad_out, q, k, v))
-    # PyTorch's CPU kernel gives no gradient of its mask.
-    flash = q.device.type == "cpu" and not bias_grad
-    kernel = _flash_backward if flash else _plain_backward
-    pieces: list[tuple[Tensor, ...]] = []
-    with torch.autocast(q.device.type, enabled=False):
-        for run in _runs(cu_seqlens_cpu):
-            bias = None if key_bias is None else _dense(key_bias, run)
-            tensors = (_dense(x, run) for x in (grad_out, q, k, v, out, lse))
-            pieces.append(tuple(map(_packed, kernel(*tensors, bias, scale))))
-    columns = [list(column) for column in zip(*pieces, strict=True)] or [[], [], [], []]
-    grads = [_join(column, q.shape, q) for column in columns[:3]]
-    grad_bias = _join(columns[3], q.shape[:2], lse) if bias_grad else lse.new_empty(0, q.shape[1])
-    return *grads, grad_bias
-
-
-# --- between packed and dense ---------------------------------------------------------------------
-
-_Run = tuple[int, int, int]  # first row, segments, rows of each segment
-
-
-def _exact(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of logits, their log-sum and the bias."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _runs(cu_seqlens_cpu: Tensor) -> Iterator[_Run]:
-    """Neighbouring segments of equal length, taken together: one dense batch each.
-
-    Equal segments that are not neighbours stay apart: from about 64 rows on, gathering q, k and v
-    costs more than another kernel call.
-    """
-    lengths = np.diff(cu_seqlens_cpu.numpy())
-    lengths = lengths[lengths > 0]
-    if lengths.size == 0:
-        return
-    row = 0
-    for first, end in pairwise([0, *np.flatnonzero(np.diff(lengths)) + 1, lengths.size]):
-        count, length = int(end - first), int(lengths[first])
-        yield row, count, length
-        row += count * length
+    fused: bool,
+) -> tuple[Tensor, Tensor]:
+    if tile_rows == 0:
+        return attention_torch.backward(
+            grad_out, q, k, v, key_bias, segments, out, lse, scale, bias_grad, fused
+        )
+    q, k, v = map(_readable, (q, k, v))
+    grad_out = grad_out.contiguous()
+    return kernel.backward(
+        *(grad_out, q, k, v, key_bias, segments, tile_rows, out, lse, scale),
+        bias_grad=bias_grad,
+        fused=fused,
+    )
 
 
 def _readable(x: Tensor) -> Tensor:
-    """x itself if BLAS can read each head in place, which it does from views of a fused QKV."""
-    unit = x.stride(2) == 1 and x.stride(0) >= x.shape[2]
-    return x if unit else x.contiguous()
-
-
-def _dense(x: Tensor, run: _Run) -> Tensor:
-    """View the rows of a run, (T, H) or (T, H, D), as (N, H, L) or (N, H, L, D)."""
-    row, count, length = run
-    return x.narrow(0, row, count * length).unflatten(0, (count, length)).transpose(1, 2)
-
-
-def _packed(x: Tensor) -> Tensor:
-    """The inverse of _dense."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def _join(pieces: list[Tensor], shape: torch.Size, like: Tensor) -> Tensor:
-    """Put the runs one after the other, and zeros in the rows behind them."""
-    padding = shape[0] - sum(piece.shape[0] for piece in pieces)
-    if padding or not pieces:
-        pieces = [*pieces, like.new_zeros(padding, *shape[1:])]
-    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)
-
-
-# --- dense kernels: (N, H, L, D), lse and bias (N, H, L) ------------------------------------------
-
-
-def _flash_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    mask = None if bias is None else bias.unsqueeze(2)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q, k, v, attn_mask=mask, scale=scale
-    )
-
-
-def _flash_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    mask = None if bias is None else bias.unsqueeze(2)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
-    )
-
-
-def _query_blocks(q: Tensor) -> Iterator[slice]:
-    """Blocks of queries whose logits stay within a fixed size: memory is linear in the length."""
-    count, heads, length, _ = q.shape
-    step = max(1, _BLOCK_ELEMENTS // (count * heads * length))
-    return (slice(start, start + step) for start in range(0, length, step))
-
-
-def _logits(q: Tensor, k: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    logits = q @ k.transpose(2, 3) * scale
-    return logits if bias is None else logits + bias.unsqueeze(2)
-
-
-def _plain_forward(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor]:
-    dtype = q.dtype
-    q, k, v = (x.to(_exact(dtype)) for x in (q, k, v))
-    outs, lses = [], []
-    for rows in _query_blocks(q):
-        logits = _logits(q[:, :, rows], k, bias, scale)
-        lse = torch.logsumexp(logits, dim=-1)
-        lse = lse.masked_fill(lse == -math.inf, 0.0)  # no key left: exp(-inf - 0) is the zero asked
-        outs.append(torch.exp(logits - lse.unsqueeze(-1)) @ v)
-        lses.append(lse)
-    return torch.cat(outs, dim=2).to(dtype), torch.cat(lses, dim=2)
-
-
-def _plain_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dtype = q.dtype
-    grad_out, q, k, v, out = (x.to(lse.dtype) for x in (grad_out, q, k, v, out))
-    grad_qs = []
-    grad_k, grad_v = torch.zeros_like(k), torch.zeros_like(v)
-    grad_bias = torch.zeros_like(lse)
-    for rows in _query_blocks(q):
-        upstream = grad_out[:, :, rows]
-        weights = torch.exp(_logits(q[:, :, rows], k, bias, scale) - lse[:, :, rows, None])
-        grad_v += weights.transpose(2, 3) @ upstream
-        # Backward of softmax: the row's own sum of (weight * gradient) is <upstream, out>.
-        own = (upstream * out[:, :, rows]).sum(-1, keepdim=True)
-        grad_logits = weights * (upstream @ v.transpose(2, 3) - own)
-        grad_qs.append(grad_logits @ k * scale)
-        grad_k += grad_logits.transpose(2, 3) @ q[:, :, rows] * scale
-        grad_bias += grad_logits.sum(2)
-    grads = (torch.cat(grad_qs, dim=2), grad_k, grad_v)
-    return *(grad.to(dtype) for grad in grads), grad_bias
+    """x itself if the kernels can read it in place, as they do a view of a fused projection."""
+    if kernel.readable(x):
+        return x
+    x = x.contiguous()
+    return x if kernel.readable(x) else x.clone()  # a contiguous view at an odd address
 
 
 # --- xformers -------------------------------------------------------------------------------------

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextvars import ContextVar, Token
 from types import TracebackType
 
 import torch
+import triton
 
 from fastagglo.errors import UserError
 
 ENVIRONMENT_VARIABLE = "FASTAGGLO_BACKEND"
+
+# Kernels are wrapped for the interpreter when they are defined, so this holds for the process.
+INTERPRETED = triton.knobs.runtime.interpret
 
 # Every backend that some op has, and the device type that it runs on (None: any device).
 _DEVICE_OF = {"torch": None, "triton": "cuda", "xformers": "cuda"}
@@ -35,8 +40,9 @@ class use_backend:
     each backend. While threads choose unlike backends, tracing may see another thread's choice.
 
     Args:
-        name: ``"torch"`` (all ops, all devices), ``"triton"`` (CUDA) or ``"xformers"`` (attention
-            alone, CUDA). An op that lacks the backend, or cannot run it on the tensors' device,
+        name: ``"torch"`` (all ops, all devices), ``"triton"`` (CUDA; on a CPU in Triton's
+            interpreter, if the process began with ``TRITON_INTERPRET=1``) or ``"xformers"``
+            (attention alone, CUDA). An op that lacks the backend, or cannot run it on its tensors,
             raises ``ValueError`` when called: a backend asked for by name is never replaced.
 
     Raises:
@@ -68,7 +74,12 @@ class use_backend:
         _traced = _chosen.get()
 
 
-def resolve(op: str, device: torch.device, available: tuple[str, ...]) -> str:
+def resolve(
+    op: str,
+    device: torch.device,
+    available: tuple[str, ...],
+    unable: Mapping[str, str | None] | None = None,
+) -> str:
     """The backend that ``op`` runs on tensors of ``device``.
 
     An enclosing ``use_backend`` decides; without one the environment variable
@@ -80,9 +91,11 @@ def resolve(op: str, device: torch.device, available: tuple[str, ...]) -> str:
         op: the op's public name, for errors.
         device: where its tensors live.
         available: the backends that the op has; ``"torch"`` is always one of them.
+        unable: why a backend cannot run this very call; it is then no default.
 
     Raises:
-        ValueError: the backend asked for is not one of ``available`` or does not run on ``device``.
+        ValueError: the backend asked for is not one of ``available``, does not run on ``device`` or
+            is unable.
         UserError: the environment variable names no backend.
     """
     name = _traced if torch.compiler.is_compiling() else _chosen.get()
@@ -91,7 +104,8 @@ def resolve(op: str, device: torch.device, available: tuple[str, ...]) -> str:
         name = os.environ.get(ENVIRONMENT_VARIABLE, "")
         asked_by = f"{ENVIRONMENT_VARIABLE}={name}"
         if not name:
-            return "triton" if device.type == "cuda" and "triton" in available else "torch"
+            able = "triton" in available and not (unable or {}).get("triton")
+            return "triton" if device.type == "cuda" and able else "torch"
         if name not in _DEVICE_OF:
             raise UserError(
                 f"{asked_by}: there is no such backend; set one of {_NAMES} or unset it"
@@ -102,9 +116,16 @@ def resolve(op: str, device: torch.device, available: tuple[str, ...]) -> str:
             f"{', '.join(map(repr, available))}"
         )
     needed = _DEVICE_OF[name]
+    if name == "triton" and INTERPRETED and device.type == "cpu":
+        needed = None
     if needed is not None and device.type != needed:
         raise ValueError(
             f"{op}: the backend {name!r}, asked for by {asked_by}, runs on {needed} tensors, got "
             f"tensors on {device}; move them or use the backend 'torch'"
+        )
+    if reason := (unable or {}).get(name):
+        raise ValueError(
+            f"{op}: the backend {name!r}, asked for by {asked_by}, cannot run this call: {reason}; "
+            "use the backend 'torch'"
         )
     return name

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
-from fastagglo.ops import attention
-from fastagglo.ops.attention import packed_attention
+from fastagglo.ops import attention_torch
+from fastagglo.ops.attention import packed_attention, packed_attention_qkv
 from fastagglo.ops.layout import PackedLayout
 from fastagglo.ops.reference.attention import packed_attention as twin
 
@@ -182,10 +182,14 @@ def test_the_path_of_other_devices(monkeypatch, dtype, bias):
     exact = [x.detach().double().requires_grad_() for x in qkv]
     exact_bias = None if bias is None else key_bias.detach().double().requires_grad_()
     truth = with_gradients(twin, exact, exact_bias, layout)
-    monkeypatch.setattr(attention, "_flash_forward", attention._plain_forward)
-    monkeypatch.setattr(attention, "_flash_backward", attention._plain_backward)
-    for block in (attention._BLOCK_ELEMENTS, 1000, 1):  # all queries at once, some, one by one
-        monkeypatch.setattr(attention, "_BLOCK_ELEMENTS", block)
+    monkeypatch.setattr(attention_torch, "_flash_forward", attention_torch._plain_forward)
+    monkeypatch.setattr(attention_torch, "_flash_backward", attention_torch._plain_backward)
+    for block in (
+        attention_torch._BLOCK_ELEMENTS,
+        1000,
+        1,
+    ):  # all queries at once, some, one by one
+        monkeypatch.setattr(attention_torch, "_BLOCK_ELEMENTS", block)
         assert_as_exact_as(plain, with_gradients(packed_attention, qkv, key_bias, layout), truth)
 
 
@@ -284,9 +288,28 @@ def test_strides(make):
 
 def test_views_of_a_fused_projection_are_read_in_place():
     q, k, v = _fused_heads(10, 2, 16)
-    assert all(attention._readable(x) is x for x in (q, k, v))
+    assert all(attention_torch._readable(x) is x for x in (q, k, v))
     run = (0, 2, 5)
-    assert attention._dense(k, run).data_ptr() == k.data_ptr()
+    assert attention_torch._dense(k, run).data_ptr() == k.data_ptr()
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_fused_projection(bias):
+    """One gradient for the projection, the same as three put together."""
+    _, key_bias, layout = random_inputs([7, 7, 20], spare=2, dtype=torch.float64, bias=bias)
+    qkv = torch.randn(36, 3, 2, 16, dtype=torch.float64, requires_grad=True)
+    leaves = [qkv] if bias is None else [qkv, key_bias]
+    results = []
+    for out in (
+        packed_attention_qkv(qkv, layout, key_bias=key_bias, scale=0.3),
+        packed_attention(*qkv.unbind(1), layout, key_bias=key_bias, scale=0.3),
+        twin(*qkv.unbind(1), layout, key_bias=key_bias, scale=0.3),
+    ):
+        torch.manual_seed(0)
+        results.append((out, *torch.autograd.grad(out, leaves, torch.randn_like(out))))
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+    torch.testing.assert_close(results[0], results[2], **EXACT)
+    assert results[0][1].is_contiguous()
 
 
 def test_upstream_gradients_of_any_stride():
@@ -517,12 +540,12 @@ def test_opcheck(bias, dtype):
     qkv = x.to(dtype).unflatten(1, (3, 2)).unbind(1)
     if key_bias is not None:
         key_bias = key_bias[:, None].expand(-1, 2)
-    arguments = (*qkv, key_bias, layout.cu_seqlens_cpu, 0.3)
+    arguments = (*qkv, key_bias, layout.cu_seqlens_cpu, 0, 0.3)
     ops = torch.ops.fastagglo
     torch.library.opcheck(ops.packed_attention_fwd.default, arguments)
     out, lse = ops.packed_attention_fwd(*arguments)
-    for bias_grad in {False, key_bias is not None}:
-        backward = (torch.randn_like(out), *arguments[:5], out, lse, 0.3, bias_grad)
+    for bias_grad, fused in itertools.product({False, key_bias is not None}, [False, True]):
+        backward = (torch.randn_like(out), *arguments[:6], out, lse, 0.3, bias_grad, fused)
         torch.library.opcheck(ops.packed_attention_bwd.default, backward)
 
 

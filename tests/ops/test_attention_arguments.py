@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastagglo.errors import UserError
-from fastagglo.ops import attention
-from fastagglo.ops.attention import packed_attention
+from fastagglo.ops import attention, backend
+from fastagglo.ops.attention import packed_attention, packed_attention_qkv
 from fastagglo.ops.backend import use_backend
 from fastagglo.ops.layout import PackedLayout
 from fastagglo.ops.reference.attention import packed_attention as twin
@@ -30,15 +30,29 @@ def random_inputs(lengths: list[int], spare: int = 0) -> tuple[list[Tensor], Pac
     return qkv, layout
 
 
-def test_backends_that_cannot_run():
+@pytest.mark.parametrize("name", ["triton", "xformers"])
+def test_backends_that_cannot_run(name):
     qkv, layout = random_inputs([5])
-    with (
-        use_backend("triton"),
-        pytest.raises(ValueError, match=r"packed_attention has no backend 'triton'"),
-    ):
+    with use_backend(name), pytest.raises(ValueError, match=r"runs on cuda tensors"):
         packed_attention(*qkv, layout)
-    with use_backend("xformers"), pytest.raises(ValueError, match=r"runs on cuda tensors"):
-        packed_attention(*qkv, layout)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width", "match"),
+    [
+        (torch.float64, 16, r"got torch.float64 and 16"),
+        (torch.float32, 12, r"head dims of 16, 24, ..., 128, got torch.float32 and 12"),
+        (torch.bfloat16, 136, r"got torch.bfloat16 and 136"),
+    ],
+)
+def test_calls_that_the_kernels_cannot_run(monkeypatch, dtype, width, match):
+    """As in Triton's interpreter, which would take tensors of a CPU."""
+    monkeypatch.setattr(backend, "INTERPRETED", True)
+    layout = PackedLayout.from_lengths([5])
+    x = torch.zeros(5, 2, width, dtype=dtype)
+    with use_backend("triton"), pytest.raises(ValueError, match=match):
+        packed_attention(x, x, x, layout)
+    assert packed_attention(x, x, x, layout).shape == x.shape
 
 
 def _pretend_cuda(monkeypatch):
@@ -126,3 +140,11 @@ def test_errors(changes, error, match):
     arguments = {**GOOD, "layout": PackedLayout.from_lengths([2, 4]), **changes}
     with pytest.raises(error, match=match):
         packed_attention(**arguments)
+
+
+@pytest.mark.parametrize("qkv", [torch.zeros(5, 2, 16), torch.zeros(5, 2, 2, 16)])
+def test_fused_projections_of_a_wrong_shape(qkv):
+    with pytest.raises(ValueError, match=r"qkv must be \(tokens, 3, heads, head dim\), got shape"):
+        packed_attention_qkv(qkv, PackedLayout.from_lengths([5]))
+    with pytest.raises(TypeError, match="qkv must be a tensor, got list"):
+        packed_attention_qkv([qkv], PackedLayout.from_lengths([5]))

@@ -21,6 +21,10 @@ def test_device_decides_by_default():
     assert resolve("op", CPU, ALL) == "torch"
     assert resolve("op", CUDA, ALL) == "triton"
     assert resolve("op", CUDA, ("torch", "xformers")) == "torch"
+    assert resolve("op", CUDA, ALL, {"triton": "an odd width"}) == "torch"
+    assert resolve("op", CUDA, ALL, {"triton": None}) == "triton"
+    with use_backend("triton"), pytest.raises(ValueError, match="run this call: an odd width; use"):
+        resolve("op", CUDA, ALL, {"triton": "an odd width"})
 
 
 def test_context_beats_environment_beats_device(monkeypatch):

@@ -45,3 +45,14 @@ def packed_attention(
         start += length
     pieces.append(q.new_zeros(q.shape[0] - start, *q.shape[1:]))
     return torch.cat(pieces)
+
+
+def packed_attention_qkv(
+    qkv: Tensor,
+    layout: PackedLayout,
+    *,
+    key_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of a fused projection; see :func:`fastagglo.ops.packed_attention_qkv`."""
+    return packed_attention(*qkv.unbind(1), layout, key_bias=key_bias, scale=scale)

@@ -1,0 +1,99 @@
+"""The table of block sizes: (kernel, GPU generation, dtype, head dim, tile of the work list)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+# The oldest generation that the table holds; also whose blocks the interpreter takes, having none.
+OLDEST_ARCH = 80
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Block sizes of a launch.
+
+    Attributes:
+        rows: rows that a program owns: queries of ``forward`` and ``dq``, keys of ``dkv``.
+        columns: rows of the other side that one trip of its loop takes in.
+        warps: warps of 32 threads.
+        stages: trips in flight between global and shared memory.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def head_pieces(head_dim: int) -> tuple[int, ...]:
+    """Split a head dim into the sizes that its products are made of: 80 -> (64, 16).
+
+    Triton's blocks are powers of two. Their sum is the head dim rounded up to 16, the least that a
+    tensor core multiplies by: 72 -> (64, 16), 96 -> (64, 32), 112 -> (64, 32, 16), 128 -> (128,).
+    """
+    padded = -(-head_dim // 16) * 16
+    return tuple(1 << bit for bit in range(padded.bit_length(), 3, -1) if padded >> bit & 1)
+
+
+def arch_of(x: Tensor) -> int:
+    """The GPU generation that launches with this tensor compile for, as 10 * major + minor."""
+    if x.is_cuda:
+        return capability(x.device.index)
+    if triton.knobs.runtime.interpret:
+        return OLDEST_ARCH
+    return triton.runtime.driver.active.get_current_target().arch  # a stub driver's
+
+
+@torch.compiler.assume_constant_result
+def capability(index: int) -> int:
+    """The generation of a CUDA device; a compiled graph takes it for granted."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return 10 * major + minor
+
+
+def tile_for(kernel: str, x: Tensor, tile_rows: int) -> Tile:
+    """The table's block sizes for a launch on tensors like ``x`` (T, H, D).
+
+    A generation that the table lacks takes the entries of the nearest older one that it has.
+
+    Args:
+        kernel: "forward", "dq" or "dkv".
+        x: a tensor of the launch: its dtype, head dim and device count.
+        tile_rows: rows of a tile of the work list, which a program's rows divide.
+
+    Raises:
+        ValueError: a GPU older than every one in the table.
+    """
+    width = sum(head_pieces(x.shape[2]))
+    return _tile(kernel, arch_of(x), x.element_size(), width, tile_rows)
+
+
+@functools.cache
+def _tile(kernel: str, arch: int, element_size: int, width: int, tile_rows: int) -> Tile:
+    if arch < OLDEST_ARCH:
+        raise ValueError(
+            f"the Triton kernels need a GPU of compute capability {OLDEST_ARCH / 10} or later, "
+            f"this one has {arch / 10}; use the backend 'torch'"
+        )
+    nearest = max(known for known in table() if known <= arch)
+    return table()[nearest][kernel, element_size, width, tile_rows]
+
+
+@functools.cache
+def table() -> dict[int, dict[tuple[str, int, int, int], Tile]]:
+    """Tiles by generation and by (kernel, bytes of an element, padded head dim, tile_rows)."""
+    raw = json.loads(Path(__file__).with_name("tiles.json").read_text())
+    result: dict[int, dict[tuple[str, int, int, int], Tile]] = {}
+    for arch, part in raw.items():
+        result[int(arch)] = {
+            (kernel, int(size), int(width), int(tile_rows)): Tile(*tile)
+            for kernel, size, width, tile_rows, *tile in part["tiles"]
+        }
+    return result
