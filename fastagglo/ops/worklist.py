@@ -45,14 +45,15 @@ def build_tiles(
     """
     starts = boundaries.astype(np.int64)
     lengths = starts[1:] - starts[:-1]
-    # Length and position in one number: distinct numbers need no stable sort, which is slower.
-    ranked = np.sort((-lengths << 32) | np.arange(lengths.size))
-    order = ranked & 0xFFFFFFFF
+    shorter_by = lengths.max(initial=0) - lengths
+    if shorter_by.max(initial=0) < 2**16:
+        shorter_by = shorter_by.astype(np.uint16)  # numpy sorts 16 bits by radix, in half the time
+    order = np.argsort(shorter_by, kind="stable")
 
     # Segments, spare rows, dead rows: repeated as often as each has tiles.
     stretches = np.empty((order.size + 2, 4), dtype=np.int32)
     stretches[:-2, 0] = starts[order]
-    stretches[:-2, 1] = -(ranked >> 32)
+    stretches[:-2, 1] = lengths[order]
     stretches[:-2, 3] = order
     stretches[-2] = starts[-1], capacity - starts[-1], 0, -1
     stretches[-1] = 0, 0, 0, -1

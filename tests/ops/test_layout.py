@@ -189,6 +189,14 @@ def test_room_for_tiles_is_tight(capacity, segments):
     assert layout.num_tiles == worklist.max_tiles(capacity, segments) == len(layout.tiles)
 
 
+def test_long_segments_first_however_long():
+    many = [i % 5 for i in range(200)]
+    for lengths in ([1, 2**16, 0, 2**16 + 1, 1], [1, 2**16 - 1, 2**16], many, [*many, 2**16]):
+        order = sorted((i for i, n in enumerate(lengths) if n), key=lambda i: -lengths[i])
+        segments = PackedLayout.from_lengths(lengths).tiles[:, 3].tolist()
+        assert list(dict.fromkeys(segments)) == order
+
+
 def test_tiles_at_the_ends_of_int32():
     lengths = [2**31 - 1 - 3 * 2**20, 2**20, 2**20]
     tiles = PackedLayout.from_lengths(lengths, 2**31 - 1).tiles
