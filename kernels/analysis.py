@@ -8,16 +8,16 @@ four sub-partitions, and n the instructions of one warp:
     mufu   = w * n(MUFU and conversions other than packing) * 32 / lanes
     fma    = w * (n(FFMA, FADD, FMUL; two-wide ones twice) * 32 / lanes + n(IMAD) * 2)
     alu    = w * n(integer, logic, compare, min, max, select, pack) * 32 / lanes
-    lsu    = warps * sum(max(1, 32 * bytes per lane / 128) over shared, global and local accesses
-             and shuffles)                                       one data path per SM
+    l1     = warps * sum(max(1, 32 * bytes per lane / 128) over shared, global and local accesses
+             and shuffles) + bytes of shared memory that HGMMA and UTCHMMA read / 128
+                                                       one data path per SM, shared memory and L1
 
 in clocks, with the rates of `chips`. bound = tensor / max(all of them) is the share of the dense
 tensor-core peak that the loop could reach at best. It assumes that all units overlap perfectly
 (enough warps of enough CTAs), that no load, barrier or dependency is ever waited for and that there
-are no bank conflicts; an access that lanes share counts in full. It leaves out the shared memory
-that HGMMA and UTCHMMA read by themselves, and tensor memory. A block under a branch counts as
-executed by every warp in every trip, a loop inside of the loop (a wait) as not executed. So it
-ranks kernels and finds what limits them; it predicts no time.
+are no bank conflicts; an access that lanes share counts in full. It leaves out tensor memory. A
+block under a branch counts as executed by every warp in every trip, a loop inside of the loop (a
+wait) as not executed. So it ranks kernels and finds what limits them; it predicts no time.
 """
 
 from __future__ import annotations
@@ -266,7 +266,8 @@ def _loop(
         shown = all(i.flops for i in tensor)
         flops = sum(i.flops for i in tensor) * warps if shown else dot_flops
         operand = ir.dots[0].operand_type if ir is not None else tensor[0].operand_type
-    cycles = {} if special else _cycles(loop.instructions, warps, sm, flops, operand)
+    read = ir.operand_bytes * unroll if ir is not None and unroll else 0
+    cycles = {} if special else _cycles(loop.instructions, warps, sm, flops, operand, read)
     non_tensor = (counts["total"] - counts[sass.TENSOR]) * warps
     comparable = bool(tensor and flops and not special)
     useful_trip = useful * unroll if useful and unroll else None
@@ -298,11 +299,16 @@ def _issue_only(instruction: Instruction) -> bool:
 
 
 def _cycles(
-    code: Sequence[Instruction], warps: int, sm: Chip, flops: float | None, operand: str | None
+    code: Sequence[Instruction],
+    warps: int,
+    sm: Chip,
+    flops: float | None,
+    operand: str | None,
+    read: int,
 ) -> dict[str, float]:
     """Clocks of one trip of a CTA in each unit; without "tensor" where its rate is not known."""
     each = warps / SUB_PARTITIONS
-    fma = alu = mufu = lsu = 0.0
+    fma = alu = mufu = l1 = 0.0
     for i in code:
         kind, base = i.kind, i.base
         if base == "IMAD":
@@ -314,15 +320,17 @@ def _cycles(
         elif kind in ("mufu", "convert"):
             mufu += WARP / sm.mufu
         elif kind == "shuffle":
-            lsu += 1
+            l1 += 1
         elif kind in ("shared", "global", "local") and not base.startswith("U"):
-            lsu += max(1.0, WARP * i.width / sm.shared_bytes)
+            l1 += max(1.0, WARP * i.width / sm.shared_bytes)
+        elif kind == sass.TENSOR:
+            l1 += i.operand_bytes / sm.shared_bytes
     cycles = {
         "issue": len(code) * each,
         "mufu": mufu * each,
         "fma": fma * each,
         "alu": alu * each,
-        "lsu": lsu * warps,
+        "l1": l1 * warps + read / sm.shared_bytes,
     }
     rate = sm.tensor.get(operand or "")
     if flops and rate:

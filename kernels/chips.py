@@ -37,7 +37,7 @@ class Chip:
         registers: 32-bit registers of an SM.
         tmem: columns of tensor memory of an SM, 0 where there is none.
         mufu: lanes per sub-partition for exp2, log2, reciprocal and the like.
-        shared_bytes: bytes per clock and SM between registers and shared memory or L1.
+        shared_bytes: bytes per clock and SM out of or into shared memory and L1.
     """
 
     arch: str

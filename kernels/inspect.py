@@ -29,10 +29,12 @@ from typing import NoReturn
 import torch
 import triton
 
+from fastagglo.kernels import candidates
 from fastagglo.kernels.analysis import Loop, Report, analyse
 from fastagglo.kernels.chips import CHIPS, Chip, Occupancy, chip, occupancy
 from fastagglo.kernels.stub import Launch, stub_device
 from fastagglo.kernels.sweep import Job, Row, rank, run_job, run_jobs
+from fastagglo.kernels.tiles import Tile
 
 __all__ = [
     "CHIPS",
@@ -59,7 +61,7 @@ Main loop, per trip and warp: tens(or core), mufu, fp, int(eger, logic, moves), 
 (shared memory), glb (global memory), bar(riers and waits), all. ir/MF: non-tensor instructions of
 all warps per million tensor-core FLOPs; /use: per million useful ones (no padding). bound: the
 share of the dense tensor-core peak that the loop could reach, tensor / max(tensor, issue, mufu,
-fma, alu, lsu) clocks, and what takes longest. It assumes perfect overlap of all units and no
+fma, alu, l1) clocks, and what takes longest. It assumes perfect overlap of all units and no
 waiting for memory, barriers or dependencies: it ranks kernels, it predicts no time. occ: CTAs per
 SM and what limits them. spill: stores+loads, bytes per thread. smem: KiB per CTA."""
 
@@ -74,15 +76,15 @@ _SHORT = {"registers": "reg", "shared": "smem", "threads": "warps", "ctas": "slo
 def table(rows: Sequence[Row]) -> str:
     """Rows as aligned text of at most 120 columns, a section per architecture."""
     lines = []
-    for arch, group in groupby(rows, key=lambda row: row.arch):
+    for (arch, group), members in groupby(rows, key=lambda row: (row.arch, row.group)):
         sm = chip(arch)
         lines.append(
-            f"{arch}: {sm.shared_cta // 1024} KiB of shared memory per CTA, {sm.warps} warps and"
-            f" {sm.tensor['bf16']} dense bf16 FLOP per clock per SM"
+            f"{f'{arch} {group}'.strip()}: {sm.shared_cta // 1024} KiB of shared memory per CTA,"
+            f" {sm.warps} warps and {sm.tensor['bf16']} dense bf16 FLOP per clock per SM"
         )
         lines.append(_HEADER)
         notes = []
-        for row in group:
+        for row in members:
             if row.report is None:
                 lines.append(_cut(f"{_name(row):24} {row.error}"))
                 continue
@@ -200,32 +202,95 @@ def _parser() -> argparse.ArgumentParser:
         metavar="module:function",
         help='takes no arguments; launches Triton kernels on tensors of the CPU or of "meta"',
     )
+    launch.set_defaults(rows=_launch_rows)
+    own = commands.add_parser(
+        "attention", parents=[common], help="the library's attention, forward and backward"
+    )
+    heads = [str(width) for width in range(16, 129, 8)]
+    own.add_argument(
+        "--heads",
+        type=_names(heads),
+        default=["64", "72", "80", "128"],
+        metavar="D,D",
+        help="head dims, 16 to 128 in steps of 8 (default 64,72,80,128)",
+    )
+    own.add_argument("--dtype", choices=list(candidates.DTYPES), default="bf16")
+    kernels = list(candidates.KERNELS)
+    own.add_argument(
+        "--kernel",
+        type=_names(kernels),
+        default=kernels,
+        metavar="A,B",
+        help=f"of {', '.join(kernels)} (default all)",
+    )
+    own.add_argument(
+        "--tile-rows",
+        type=int,
+        choices=(64, 128),
+        default=128,
+        help="rows of a tile of the work list: 64 where no segment is longer (default 128)",
+    )
+    own.add_argument("--bias", action="store_true", help="with a bias per key and its gradient")
+    own.add_argument(
+        "--sweep", action="store_true", help="compile every candidate tile, and rank them"
+    )
+    own.set_defaults(rows=_attention_rows)
     return parser
 
 
-def _launch_jobs(options: argparse.Namespace) -> list[Job]:
-    name = options.function.__name__
-    return [Job(name, arch, options.function) for arch in options.arch]
-
-
-def _launch_name(report: Report) -> str:
-    suffix = f" w{report.num_warps} s{report.num_stages}"
-    return report.kernel[: 24 - len(suffix)] + suffix
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line. Returns the exit status: 0, or 1 where a launch failed."""
-    options = _parser().parse_args(arguments)
-    rows = run_jobs(_launch_jobs(options), options.jobs)
+def _launch_rows(options: argparse.Namespace) -> list[Row]:
+    function = options.function
+    rows = run_jobs([Job(function.__name__, arch, function) for arch in options.arch], options.jobs)
     for row in rows:
         if row.trace:
             print(row.trace, file=sys.stderr)
     # A function may launch several kernels: they go by their own names.
-    rows = [replace(row, label=_launch_name(row.report)) if row.report else row for row in rows]
+    return [_renamed(row, row.report.kernel) if row.report else row for row in rows]
+
+
+def _attention_rows(options: argparse.Namespace) -> list[Row]:
+    made = candidates.jobs(
+        options.arch,
+        options.kernel,
+        [int(head) for head in options.heads],
+        dtype=options.dtype,
+        tile_rows=options.tile_rows,
+        bias=options.bias,
+        sweep=options.sweep,
+    )
+    rows = run_jobs(made, options.jobs)
+    if options.sweep:
+        groups = groupby(rows, key=lambda row: (row.arch, row.group))
+        return [row for _, members in groups for row in rank(list(members))]
+    return [_with_tile(row, row.report) if row.report else row for row in rows]
+
+
+def _with_tile(row: Row, report: Report) -> Row:
+    sizes = report.constants["ROWS"], report.constants["COLUMNS"]
+    tile = candidates.tile_name(Tile(*sizes, report.num_warps, report.num_stages))
+    return replace(row, label=f"{row.label} {tile}")
+
+
+def _renamed(row: Row, kernel: str) -> Row:
+    assert row.report is not None
+    suffix = f" w{row.report.num_warps} s{row.report.num_stages}"
+    return replace(row, label=kernel[: 24 - len(suffix)] + suffix)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line.
+
+    Returns:
+        The exit status: 1 where a launch failed (in a sweep: where all did), else 0. Bad arguments
+        end the process with status 2 and one line on standard error.
+    """
+    options = _parser().parse_args(arguments)
+    rows = options.rows(options)
     print(table(rows))
     if options.json:
         options.json.write_text(to_json(rows))
-    return int(any(row.error for row in rows))
+    failed = [bool(row.error) for row in rows]
+    return int(all(failed) if getattr(options, "sweep", False) else any(failed))
 
 
 if __name__ == "__main__":

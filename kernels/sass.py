@@ -122,6 +122,21 @@ class Instruction:
         return 0.0
 
     @property
+    def operand_bytes(self) -> float:
+        """Bytes that a warpgroup's product reads from shared memory, for each of its four warps.
+
+        Both operands where the first one is a descriptor too, else the second: 32 bytes of each of
+        the 64 rows and of the N columns. 0 for other instructions, and for UTCHMMA, which does not
+        show its shape.
+        """
+        shape = re.search(r"\.64x(\d+)x", self.opcode)
+        if self.base not in ("HGMMA", "QGMMA", "IGMMA") or not shape:
+            return 0.0
+        first = self.operands.split(",")[1].strip()
+        rows = 64 if first.startswith("gdesc") else 0
+        return 32 * (rows + int(shape[1])) / 4
+
+    @property
     def operand_type(self) -> str | None:
         """Of a tensor-core instruction: a key of `chips.Chip.tensor`; None where not shown."""
         if self.kind != TENSOR:

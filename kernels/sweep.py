@@ -6,10 +6,10 @@ import multiprocessing
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastagglo.kernels.analysis import Report, analyse
-from fastagglo.kernels.stub import stub_device
+from fastagglo.kernels.stub import Launch, stub_device
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,16 @@ class Job:
         arch: e.g. ``"sm_90"``.
         run: launches Triton kernels; picklable where several processes share the jobs.
         kernels: names of the kernels to report; all that ``run`` launches where empty.
-        useful_flops: kernel name -> FLOPs of one trip of its main loop, see `analysis.analyse`.
+        useful_flops: of one trip of a launch's loops, see `analysis.analyse`.
+        group: what the table puts under one heading with it, and ranks.
     """
 
     label: str
     arch: str
     run: Callable[[], object]
     kernels: tuple[str, ...] = ()
-    useful_flops: dict[str, float] = field(default_factory=dict)
+    useful_flops: Callable[[Launch], float] | None = None
+    group: str = ""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Row:
     """What came of one kernel of a job.
 
     Attributes:
-        label, arch: the job's.
+        label, arch, group: the job's.
         report: None where it failed.
         launches: how often the job launched this binary.
         error: one line, and ``trace`` all of it, where the job failed.
@@ -48,6 +50,7 @@ class Row:
     launches: int = 0
     error: str = ""
     trace: str = ""
+    group: str = ""
 
 
 def run_job(job: Job) -> list[Row]:
@@ -73,10 +76,11 @@ def run_job(job: Job) -> list[Row]:
         binaries[launch.cubin] = binaries.get(launch.cubin, 0) + 1
     for launch in chosen:
         if times := binaries.pop(launch.cubin, 0):
-            report = analyse(launch, useful_flops=job.useful_flops.get(launch.kernel))
-            rows.append(Row(job.label, job.arch, report, times))
+            useful = job.useful_flops(launch) if job.useful_flops else None
+            report = analyse(launch, useful_flops=useful)
+            rows.append(Row(job.label, job.arch, report, times, group=job.group))
     if error:
-        rows.append(Row(job.label, job.arch, error=error, trace=trace))
+        rows.append(Row(job.label, job.arch, error=error, trace=trace, group=job.group))
     return rows
 
 

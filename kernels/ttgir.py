@@ -19,10 +19,12 @@ _TYPES = {
 }
 _BYTES = {"fp16": 2, "bf16": 2, "tf32": 4, "fp64": 8, "int8": 1, "fp8": 1}
 _INSTRUCTION_BYTES = 32  # of one row of the left operand that one tensor-core instruction takes
+_TENSOR_MEMORY = "tensor_memory_encoding"
 
 _DOT = re.compile(r"\b(tt\.dot|ttng\.warp_group_dot|ttng\.tc_gen5_mma)\s(?P<rest>.*)$")
 _SHAPE = re.compile(
-    r"(?:tensor|memdesc)<(?P<dims>(?:\d+x)+)(?P<type>[\w]+)(?:,\s*(?P<layout>#\w+))?"
+    r"(?:tensor|memdesc)<(?P<dims>(?:\d+x)+)(?P<type>\w+)"
+    r"(?:,\s*(?P<layout>#\w+))?(?:,\s*(?P<space>#[\w.]+))?"
 )
 _LAYOUT = re.compile(r"^(#\w+) = #\w+\.(?P<kind>\w+)<\{?(?P<body>.*?)\}?>")
 _NUMBERS = re.compile(r"(\w+) = (?:\[([\d, ]*)\]|(\d+))")
@@ -39,6 +41,7 @@ class Dot:
         operand_type: of the operands: a key of `chips.Chip.tensor`, or "fp64".
         instructions: tensor-core instructions that each warp executes for it (on sm_100: that one
             warp issues); 0 where it runs in the FMA units (fp32 in full precision).
+        operand_bytes: what sm_100's tensor cores read of shared memory for it; 0 elsewhere.
     """
 
     m: int
@@ -47,6 +50,7 @@ class Dot:
     operand_type: str
     instructions: int
     batch: int = 1
+    operand_bytes: int = 0
 
     @property
     def flops(self) -> int:
@@ -72,6 +76,10 @@ class IrLoop:
     @property
     def instructions(self) -> int:
         return sum(dot.instructions for dot in self.dots)
+
+    @property
+    def operand_bytes(self) -> int:
+        return sum(dot.operand_bytes for dot in self.dots)
 
 
 def dot_loops(ttgir: str) -> list[IrLoop]:
@@ -139,26 +147,30 @@ def _layouts(ttgir: str):
 
 def _dot(op: str, rest: str, layouts: dict) -> Dot:
     types = [
-        ([int(d) for d in found["dims"].split("x")[:-1]], found["type"], found["layout"])
+        ([int(d) for d in found["dims"].split("x")[:-1]], *found.group("type", "layout", "space"))
         for found in _SHAPE.finditer(rest[rest.rfind(" : ") :] if op != "tt.dot" else rest)
     ]
     if len(types) < 3:
         raise ValueError(f"cannot read the shapes of {op}: {rest[:200]!r}")
-    (left, left_type, _), (right, _, _), (result, _, layout) = types[:3]
+    (left, left_type, _, left_space), (right, *_), (result, _, layout, _) = types[:3]
     m, k, n = left[-2], left[-1], right[-1]
     if left_type not in _TYPES or result[-2:] != [m, n]:
         raise ValueError(f"cannot read the types of {op}: {rest[:200]!r}")
     operand = _TYPES[left_type]
     batch = prod(left[:-2])
-    count = batch * _instructions(m, n, k, operand, layouts.get(layout, ("", {})))
-    return Dot(m, n, k, operand, count, batch)
+    kind, values = layouts.get(layout, ("", {}))
+    count = batch * _instructions(m, n, k, operand, kind, values)
+    read = 0
+    if kind == _TENSOR_MEMORY:
+        rows = values["blockM"][0] if left_space == "#smem" else 0
+        read = count * _INSTRUCTION_BYTES * (rows + min(n, values["blockN"][0], 256))
+    return Dot(m, n, k, operand, count, batch, read)
 
 
-def _instructions(m: int, n: int, k: int, operand: str, layout: tuple[str, dict]) -> int:
+def _instructions(m: int, n: int, k: int, operand: str, kind: str, values: dict) -> int:
     """Tensor-core instructions per warp for one product, by the layout of its result."""
-    kind, values = layout
     steps = max(1, k * _BYTES[operand] // _INSTRUCTION_BYTES)
-    if kind == "tensor_memory_encoding":
+    if kind == _TENSOR_MEMORY:
         rows, columns = values["blockM"][0], min(values["blockN"][0], 256)
         return _up(m, rows) * _up(n, columns) * steps
     if kind != "nvidia_mma":

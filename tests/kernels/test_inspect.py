@@ -148,6 +148,12 @@ def test_tensor_core_work_of_a_matmul_is_exact(
     assert loop.operand_type == "bf16"
     assert loop.counts["total"] == sum(n for name, n in loop.counts.items() if name != "total")
     assert loop.non_tensor == 4 * (loop.counts["total"] - count)
+    # All of a and b goes through shared memory once in each trip, into it; out of it, to Hopper's
+    # and Blackwell's tensor cores, by each instruction: 64 or 128 rows and 64 columns of 32 bytes.
+    into = (128 + 64) * 64 * 2 / 128
+    out = {"sm_90": 2 * 4 * (64 + 64) * 32 / 128, "sm_100": 4 * (128 + 64) * 32 / 128}
+    if arch in out:
+        assert loop.cycles["l1"] == into + out[arch]
     assert loop.non_tensor_per_mflop == pytest.approx(loop.non_tensor * 1e6 / (2 * 128 * 64 * 64))
     assert report.fits
     assert not report.spills
@@ -265,11 +271,13 @@ def test_a_job_reports_what_it_is_asked_for(kernels: ModuleType) -> None:
     assert flash.report is not None
     assert flash.report.kernel == "flash"
     assert (flash.launches, matmul.launches) == (1, 2)
-    job = Job("one", "sm_80", kernels.run_both, ("matmul",), {"matmul": 1e6})
+    job = Job(
+        "one", "sm_80", kernels.run_both, ("matmul",), lambda launch: 1e3 * launch.constants["K"]
+    )
     (row,) = run_job(job)
     assert row.report is not None
     assert row.report.main is not None
-    assert row.report.main.useful_flops == 1e6
+    assert row.report.main.useful_flops == 64e3
 
 
 def test_failing_jobs_keep_their_launches_and_their_reason(kernels: ModuleType) -> None:

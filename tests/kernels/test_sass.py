@@ -126,6 +126,14 @@ def test_instructions(opcode: str, kind: str, flops: float, operand: str | None)
     assert instruction.operand_type == operand
 
 
+def test_warpgroup_products_read_shared_memory() -> None:
+    both = Instruction(0, "HGMMA.64x128x16.F32", "", "R56, gdesc[UR12].tnspB, R56")
+    one = Instruction(0, "HGMMA.64x16x16.F32", "", "R56, R152, gdesc[UR12], R56")
+    assert 4 * both.operand_bytes == 64 * 16 * 2 + 128 * 16 * 2
+    assert 4 * one.operand_bytes == 16 * 16 * 2
+    assert Instruction(0, "HMMA.16816.F32", "", "R4, R8, R12, R4").operand_bytes == 0
+
+
 def test_widths_and_spilled_bytes() -> None:
     widths = {"LDS": 4, "LDS.U.128": 16, "LDG.E.64.CONSTANT": 8, "STS.U8": 1, "LDSM.16.M88.4": 16}
     widths |= {"LDSM.16.M88": 4, "LDGSTS.E.BYPASS.LTC128B.64": 8, "LDL.LU": 4, "STL.128": 16}
@@ -179,6 +187,9 @@ def test_products_of_innermost_loops() -> None:
     hopper, blackwell = second.dots
     assert (hopper.operand_type, hopper.instructions) == ("bf16", 2 * 2 * 4)
     assert (blackwell.operand_type, blackwell.instructions) == ("fp8", 1 * 2 * 2)
+    # Each instruction reads 32 bytes of 128 rows and of 64 columns.
+    assert blackwell.operand_bytes == 4 * 32 * (128 + 64)
+    assert hopper.operand_bytes == 0
     assert second.flops == 2 * (256 * 256 * 64 + 128 * 128 * 64)
     assert not warp_specialised(IR)
 

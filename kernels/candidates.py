@@ -1,0 +1,124 @@
+"""What the bench compiles of the library's attention: the table's tiles, or every candidate."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import product
+
+import torch
+
+from fastagglo.kernels import attention
+from fastagglo.kernels.stub import Launch
+from fastagglo.kernels.sweep import Job
+from fastagglo.kernels.tiles import Tile
+
+# Short name -> the compiled function, and the products of (rows, head dim, columns) in one trip of
+# its loop.
+KERNELS = {
+    "fwd": ("forward_kernel", 2),
+    "dq": ("dq_kernel", 3),
+    "dkv": ("dkv_kernel", 4),
+}
+DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+}
+HEADS = 16
+ROWS_IN_ALL = 1 << 16
+
+
+def launch(
+    kernel: str, dtype: str, head_dim: int, tile_rows: int, tile: Tile | None, bias: bool
+) -> None:
+    """Launch one kernel of attention on tensors without memory: for a stub device only.
+
+    Args:
+        kernel: of `KERNELS`; "dq" and "dkv" are one call, which launches both.
+        dtype: of `DTYPES`; "tf32" is fp32 with TF32 products allowed.
+        head_dim: 16 to 128 in steps of 8.
+        tile_rows: of the work list, 64 or 128.
+        tile: block sizes; None for those of the table.
+        bias: whether there is a bias per key, with its gradient.
+    """
+    matmul = torch.backends.cuda.matmul
+    former = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if dtype == "tf32" else "ieee"
+    try:
+        with torch.device("meta"):
+            # Views of one projection, as in a transformer's block.
+            fused = torch.empty(ROWS_IN_ALL, 3, HEADS, head_dim, dtype=DTYPES[dtype])
+            out = torch.empty(ROWS_IN_ALL, HEADS, head_dim, dtype=DTYPES[dtype])
+            lse = torch.empty(HEADS, ROWS_IN_ALL)
+            key_bias = torch.empty(ROWS_IN_ALL, HEADS) if bias else None
+            work = torch.empty(ROWS_IN_ALL // tile_rows, 4, dtype=torch.int32)
+        q, k, v = fused.unbind(1)
+        scale = head_dim**-0.5
+        if kernel == "fwd":
+            attention.forward(q, k, v, key_bias, work, tile_rows, scale, tile=tile)
+        else:
+            tiles = {f"tile_{kernel}": tile}
+            attention.backward(
+                *(out, q, k, v, key_bias, work, tile_rows, out, lse, scale),
+                bias_grad=bias,
+                fused=True,
+                **tiles,
+            )
+    finally:
+        matmul.fp32_precision = former
+
+
+def candidates(tile_rows: int) -> list[Tile]:
+    """Tiles that a sweep tries."""
+    sizes = product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
+    return [
+        Tile(rows, columns, warps, stages)
+        for rows, columns, warps, stages in sizes
+        # A product is 16 rows at least: beyond that, two warps may share the columns.
+        if rows <= tile_rows and rows >= 16 * warps // 2
+    ]
+
+
+def jobs(
+    archs: Sequence[str],
+    kernels: Sequence[str],
+    head_dims: Sequence[int],
+    *,
+    dtype: str = "bf16",
+    tile_rows: int = 128,
+    bias: bool = False,
+    sweep: bool = False,
+) -> list[Job]:
+    """Compile attention for each architecture, kernel and head dim; all candidates in a sweep.
+
+    The useful FLOPs of a trip are those of the head dim itself, without padding.
+    """
+    made = []
+    for arch, head_dim, kernel in product(archs, head_dims, kernels):
+        tiles: Iterable[Tile | None] = candidates(tile_rows) if sweep else (None,)
+        group = f"{kernel} d{head_dim}"
+        for tile in tiles:
+            function, products = KERNELS[kernel]
+            made.append(
+                Job(
+                    label=f"{group} {tile_name(tile)}" if tile else group,
+                    arch=arch,
+                    run=partial(launch, kernel, dtype, head_dim, tile_rows, tile, bias),
+                    kernels=(function,),
+                    useful_flops=partial(_useful_flops, 2 * products * head_dim),
+                    group=group if sweep else "",
+                )
+            )
+    return made
+
+
+def _useful_flops(each: int, compiled: Launch) -> int:
+    """Of one trip, by the logits that it computes."""
+    return each * compiled.constants["ROWS"] * compiled.constants["COLUMNS"]
+
+
+def tile_name(tile: Tile) -> str:
+    """``"128x64 w8 s3"``: rows, columns, warps, stages."""
+    return f"{tile.rows}x{tile.columns} w{tile.warps} s{tile.stages}"
