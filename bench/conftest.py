@@ -1,0 +1,58 @@
+"""What all benchmark files share: options, fixed threads, and the machine in the results."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+if str(ROOT) not in sys.path:  # `pytest` leaves the folder it is run in out, `python -m` does not
+    sys.path.insert(0, str(ROOT))
+
+from bench import machine  # noqa: E402
+
+machine.fix_threads()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="tiny cases, a few rounds: does it run?")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Outcomes(), "bench-outcomes")
+
+
+@pytest.fixture(autouse=True)
+def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTAGGLO_BACKEND", raising=False)
+
+
+@pytest.fixture
+def quick(request: pytest.FixtureRequest) -> bool:
+    return request.config.getoption("quick")
+
+
+def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
+    processor = machine_info.get("cpu", {}).get("brand_raw", "")
+    machine_info["bench"] = machine.describe(processor, ROOT)
+
+
+class _Outcomes:
+    """Adds to pytest-benchmark's JSON what was skipped and why, and what failed."""
+
+    def __init__(self) -> None:
+        self.skipped: dict[str, str] = {}
+        self.failed: list[str] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        name = report.nodeid.partition("::")[2]
+        if report.skipped and isinstance(report.longrepr, tuple):
+            self.skipped[name] = report.longrepr[2].removeprefix("Skipped: ")
+        elif report.failed:
+            self.failed.append(name)
+
+    def pytest_benchmark_update_json(self, output_json: dict[str, Any]) -> None:
+        output_json["bench"] = {"skipped": self.skipped, "failed": self.failed}

@@ -1,0 +1,162 @@
+"""From pytest-benchmark's JSON to the one that is kept: small, with no path or host name in it."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+QUANTILES = (20, 50, 80)
+
+NOTES = {
+    "batch": "segments x rows of each",
+    "ms": "quantiles 20, 50 and 80 % of the rounds, per call",
+    "tflops": "TFLOP/s at the median: 4 heads head_dim sum(rows^2), times 3.5 with the backward",
+    "memory_mb": "most memory beyond the inputs during a call, results included; 1 MB = 1e6 bytes",
+    "rows": "each peer timed by itself",
+    "duels": "all peers of a duel run by turns in each round; ours_over_theirs.time holds the "
+    "quantiles of the rounds' own ratios, .memory the ratio of memory_mb, and .memory_with_inputs "
+    "that of memory_mb + input_mb",
+}
+
+
+def condense(
+    raw: Mapping[str, Any], name: str, command: str, peers: Mapping[str, str]
+) -> dict[str, Any]:
+    """The kept results.
+
+    Args:
+        raw: what pytest-benchmark wrote, of tests whose ``extra_info`` says ``case``, ``facts``,
+            ``peer``, ``repeats``, ``memory_bytes``, ``input_bytes`` and, for a duel, ``rivals`` and
+            ``absent``.
+        name: of the benchmark file.
+        command: that makes them again.
+        peers: who takes part, by name, in words.
+    """
+    cases, rows, duels = {}, [], []
+    for entry in raw["benchmarks"]:
+        info = entry["extra_info"]
+        cases[info["case"]] = info["facts"]
+        if "rivals" in info:
+            duels.append(_duel(info, entry["stats"]["data"]))
+        else:
+            rows.append({"case": info["case"]} | _row(info, entry["stats"]["data"]))
+    skipped = raw["bench"]["skipped"]
+    first = {reason: test for test, reason in reversed(skipped.items())}
+    return {
+        "name": name,
+        "command": command,
+        "machine": raw["machine_info"]["bench"],
+        "peers": dict(peers),
+        "notes": NOTES,
+        "skipped": [
+            {"reason": reason, "tests": count, "first": first[reason]}
+            for reason, count in Counter(skipped.values()).items()
+        ],
+        "failed": raw["bench"]["failed"],
+        "cases": cases,
+        "duels": duels,
+        "rows": rows,
+    }
+
+
+def _row(info: Mapping[str, Any], seconds: Sequence[float]) -> dict[str, Any]:
+    times = np.array(seconds) / info["repeats"]
+    return {
+        "peer": info["peer"],
+        "ms": _short(np.percentile(times, QUANTILES) * 1e3),
+        "rounds": len(seconds),
+        "repeats": info["repeats"],
+        "tflops": _short(info["facts"]["flops"] / np.median(times) / 1e12),
+        "memory_mb": _short(info["memory_bytes"] / 1e6),
+        "input_mb": _short(info["input_bytes"] / 1e6),
+    }
+
+
+def _duel(info: Mapping[str, Any], own: Sequence[float]) -> dict[str, Any]:
+    rows = [_row(info, own)]
+    for peer, rival in info["rivals"].items():
+        ours, theirs = info["memory_bytes"], rival["memory_bytes"]
+        ratio = {
+            "time": _short(np.percentile(np.array(own) / np.array(rival["seconds"]), QUANTILES)),
+            "memory": _short(ours / theirs),
+            "memory_with_inputs": _short(
+                (ours + info["input_bytes"]) / (theirs + rival["input_bytes"])
+            ),
+        }
+        row = _row({**info, **rival, "peer": peer}, rival["seconds"])
+        rows.append(row | {"ours_over_theirs": ratio})
+    return {"case": info["case"], "absent": info["absent"], "rows": rows}
+
+
+def _short(value: Any) -> Any:
+    """Four digits: more are noise."""
+    if isinstance(value, np.ndarray):
+        return [_short(float(x)) for x in value]
+    return float(f"{value:.4g}")
+
+
+def write(results: Mapping[str, Any], path: Path) -> None:
+    """JSON with a line for each row and each case, which a diff can show."""
+    parts = []
+    for key, value in results.items():
+        if key == "duels":
+            duels = (f"  {_head(duel)}{_lines(duel['rows'], 3)}\n  ]}}" for duel in value)
+            text = "[\n" + ",\n".join(duels) + "\n ]" if value else "[]"
+        elif key == "rows":
+            text = f"[{_lines(value, 2)}\n ]"
+        elif key == "cases":
+            lines = (f"  {_line(name)}: {_line(facts)}" for name, facts in value.items())
+            text = "{\n" + ",\n".join(lines) + "\n }"
+        else:
+            text = json.dumps(value, indent=1, ensure_ascii=False).replace("\n", "\n ")
+        parts.append(f" {_line(key)}: {text}")
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def _line(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _lines(rows: Sequence[Any], indent: int) -> str:
+    return "\n" + ",\n".join(" " * indent + _line(row) for row in rows)
+
+
+def _head(duel: Mapping[str, Any]) -> str:
+    shell = {key: value for key, value in duel.items() if key != "rows"}
+    return _line(shell)[:-1] + ', "rows": ['
+
+
+def summary(results: Mapping[str, Any], targets: Mapping[tuple[str, str], float]) -> str:
+    """The duels as a table for the terminal.
+
+    Args:
+        results: of :func:`condense`.
+        targets: of ours over theirs, by mix and peer.
+    """
+    lines = [
+        f"{'ours / theirs, by turns':42} {'time (20 .. 80 %)':>24} {'memory':>8} {'+inputs':>8}"
+    ]
+    for duel in results["duels"]:
+        facts, first = results["cases"][duel["case"]], duel["rows"][0]
+        lines.append(
+            f"{duel['case']}: {first['ms'][1]:g} ms, {first['memory_mb']:g} MB, "
+            f"{first['tflops']:g} TFLOP/s"
+        )
+        for row in duel["rows"][1:]:
+            ratio = row["ours_over_theirs"]
+            low, middle, high = ratio["time"]
+            times = f"{middle:.3f} ({low:.3f} .. {high:.3f})"
+            target = targets.get((facts["mix"], row["peer"]))
+            lines.append(
+                f"    {results['peers'][row['peer']]:38} {times:>24} {ratio['memory']:8.3f} "
+                f"{ratio['memory_with_inputs']:8.3f}"
+                + ("" if target is None else f"   target {target:g}")
+            )
+        for peer, why in duel["absent"].items():
+            lines.append(f"    {results['peers'][peer]:38} absent: {why}")
+    return "\n".join(lines)

@@ -1,0 +1,20 @@
+"""``bench`` is no installed package, and the repository's folder must not come into ``sys.path``:
+its ``kernels/`` would shadow another library's. So ``bench`` is imported from its place by name.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parents[2] / "bench"
+
+if "bench" not in sys.modules:
+    spec = importlib.util.spec_from_file_location(
+        "bench", FOLDER / "__init__.py", submodule_search_locations=[str(FOLDER)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules["bench"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["bench"])
