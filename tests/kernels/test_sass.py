@@ -164,6 +164,7 @@ IR = textwrap.dedent("""\
           %7 = scf.for %j = %c0 to %n step %c1 -> (i32) {
             scf.yield %j : i32
           }
+          %8 = tt.dot %a, %b, %c : tensor<64x64xf16, #x> * tensor<64x64xf16, #y> -> tensor<64x64xf32, #mma>
         }
         scf.while (%i = %c0) : (i32) -> i32 {
           scf.condition(%c) %i : i32
@@ -206,8 +207,8 @@ def test_products_that_cannot_be_read_are_named() -> None:
     [
         # 128 x 32 = 4,096 registers a warp: 4 warps in each 16,384; 33,792 bytes 4 times in 167,936
         ("sm_80", 4, 128, 32768, 0, 4, "registers+shared"),
-        # 129 x 32 = 4,128, rounded to 4,352: 3 warps in each sub-partition, 12 in all
-        ("sm_80", 4, 129, 0, 0, 3, "registers"),
+        # 81 x 32 = 2,592, rounded to 2,816: 5 warps in each sub-partition, 20 in all
+        ("sm_80", 4, 81, 0, 0, 5, "registers"),
         ("sm_90", 8, 168, 1000, 0, 1, "registers"),
         ("sm_89", 8, 32, 0, 0, 6, "threads"),  # 48 warps; sm_90 has 64
         ("sm_90", 8, 32, 0, 0, 8, "registers+threads"),
