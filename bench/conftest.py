@@ -15,6 +15,7 @@ if str(ROOT) not in sys.path:  # `pytest` leaves the folder it is run in out, `p
 from bench import machine  # noqa: E402
 
 machine.fix_threads()
+COMMIT = machine.commit(ROOT)  # now: a long run may see the next one made
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,7 +38,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     processor = machine_info.get("cpu", {}).get("brand_raw", "")
-    machine_info["bench"] = machine.describe(processor, ROOT)
+    machine_info["bench"] = machine.describe(processor, COMMIT)
 
 
 class _Outcomes:

@@ -32,18 +32,18 @@ def fix_threads() -> int:
     return threads
 
 
-def describe(processor: str, root: Path) -> dict[str, Any]:
+def describe(processor: str, commit: str) -> dict[str, Any]:
     """What a reader needs to know to believe the figures; no host name and no paths.
 
     Args:
         processor: the CPU in words.
-        root: the repository, for its commit.
+        commit: of the code that ran.
     """
     import torch
 
     found: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        "commit": commit(root),
+        "commit": commit,
         "device": "CPU",
         "cpu": processor or platform.processor() or platform.machine(),
         "cores": cores(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -131,11 +132,13 @@ def test_a_whole_selection_is_small(device: str, tmp_path: Path) -> None:
 
 
 def test_the_machine_in_words(tmp_path: Path) -> None:
-    found = machine.describe("A CPU", ROOT)
+    found = machine.describe("A CPU", "abc1234")
     assert found["cpu"] == "A CPU"
+    assert found["commit"] == "abc1234"
     assert found["torch"] == torch.__version__
     assert found["threads"] == torch.get_num_threads()
     assert machine.commit(tmp_path) == "unknown"
+    assert re.fullmatch(r"[0-9a-f]{7,}\+?|unknown", machine.commit(ROOT))
 
 
 def test_nvml_is_optional(monkeypatch: pytest.MonkeyPatch) -> None:
