@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import multiprocessing
+import re
+import sys
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 
 from fastagglo.kernels.analysis import Report, analyse
@@ -61,12 +64,12 @@ def run_job(job: Job) -> list[Row]:
     """
     rows: list[Row] = []
     error = trace = ""
-    with stub_device(job.arch) as launches:
+    # What Triton says about a failure, all of its PTX, is no part of a table on standard output.
+    with stub_device(job.arch) as launches, redirect_stdout(sys.stderr):
         try:
             job.run()
         except Exception as problem:  # whatever the user's code, Triton or ptxas raises
-            lines = str(problem).strip().splitlines() or [""]
-            error = f"{type(problem).__name__}: {lines[-1] if len(lines) > 1 else lines[0]}"
+            error = _reason(problem)
             trace = traceback.format_exc()
     chosen = [launch for launch in launches if not job.kernels or launch.kernel in job.kernels]
     if not chosen and not error:
@@ -82,6 +85,16 @@ def run_job(job: Job) -> list[Row]:
     if error:
         rows.append(Row(job.label, job.arch, error=error, trace=trace, group=job.group))
     return rows
+
+
+def _reason(problem: BaseException) -> str:
+    """One line: of a compiler's pages the line that names the error, else the last one."""
+    name = type(problem).__name__
+    while problem.__cause__ is not None:  # Triton wraps an error once for each function it is in
+        problem = problem.__cause__
+    lines = [line.strip() for line in str(problem).splitlines() if line.strip()] or [""]
+    named = [line for line in lines if re.search(r"\b(error|fatal)\s*:", line)]
+    return f"{name}: {(named or lines[-1:])[0]}"
 
 
 def run_jobs(jobs: Sequence[Job], workers: int = 1) -> list[Row]:

@@ -100,7 +100,7 @@ def test_wheel_holds_every_module_and_data_file_and_nothing_else(wheel: Path) ->
     expected = {f"fastagglo/{name}" for name in modules(ROOT / "fastagglo")}
     expected |= {f"fastagglo/kernels/{name}" for name in modules(ROOT / "kernels")}
     expected |= {f"fastagglo/train/recipes/{name}.toml" for name in recipes()}
-    expected |= {"fastagglo/eval/report.html"}
+    expected |= {"fastagglo/eval/report.html", "fastagglo/kernels/tiles.json"}
     assert "fastagglo/kernels/__init__.py" in names
     assert {name for name in names if not name.startswith(info)} == expected
     assert info + "licenses/LICENSE" in names
