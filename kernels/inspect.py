@@ -159,6 +159,13 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a file in a folder that exists")
+    return path
+
+
 def _function(text: str) -> Callable[[], object]:
     """Import ``module:function``; ``python -m`` finds modules of the current directory."""
     module, colon, name = text.partition(":")
@@ -189,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="A,B",
         help=f"of {', '.join(CHIPS)} (default sm_90)",
     )
-    common.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
+    common.add_argument("--json", type=_file, metavar="FILE", help="write every figure there")
     common.add_argument(
         "--jobs", type=_positive, default=2, metavar="N", help="processes that compile (default 2)"
     )
@@ -286,9 +293,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     rows = options.rows(options)
-    print(table(rows))
     if options.json:
         options.json.write_text(to_json(rows))
+    print(table(rows))
     failed = [bool(row.error) for row in rows]
     return int(all(failed) if getattr(options, "sweep", False) else any(failed))
 

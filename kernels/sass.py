@@ -347,7 +347,26 @@ def _blocks(listing: Listing) -> tuple[list[tuple[int, int]], dict[int, list[int
         if (not jumps or conditional) and end in index:
             next_ones.add(index[end])
         successors[number] = sorted(next_ones)
+    _follow_tables(listing, blocks, successors)
     return blocks, successors
+
+
+def _follow_tables(
+    listing: Listing, blocks: list[tuple[int, int]], successors: dict[int, list[int]]
+) -> None:
+    """Let jumps through a table (BRX, of warp specialisation) lead to what nothing else leads to.
+
+    The listing does not name their targets.
+    """
+    tables = [
+        at for at, (_, end) in enumerate(blocks) if "BRX" in listing.instructions[end - 1].base
+    ]
+    while tables:
+        reached = _reached(successors)
+        lost = next((at for at in range(len(blocks)) if at not in reached), None)
+        if lost is None:
+            return
+        successors[tables[0]].append(lost)
 
 
 def _guarded(instruction: Instruction) -> bool:
@@ -355,19 +374,19 @@ def _guarded(instruction: Instruction) -> bool:
     return bool(re.match(r"!?~?U?P\d", instruction.operands))
 
 
-def _dominators(successors: dict[int, list[int]]) -> dict[int, set[int]]:
-    """Of each block that can be reached from block 0: the blocks on every path to it."""
-    reached: list[int] = []
-    stack = [0]
-    seen = {0}
+def _reached(successors: dict[int, list[int]]) -> set[int]:
+    stack, seen = [0], {0}
     while stack:
-        block = stack.pop()
-        reached.append(block)
-        for target in successors[block]:
+        for target in successors[stack.pop()]:
             if target not in seen:
                 seen.add(target)
                 stack.append(target)
-    reached.sort()
+    return seen
+
+
+def _dominators(successors: dict[int, list[int]]) -> dict[int, set[int]]:
+    """Of each block that can be reached from block 0: the blocks on every path to it."""
+    reached = sorted(_reached(successors))
     predecessors: dict[int, list[int]] = {block: [] for block in reached}
     for block in reached:
         for target in successors[block]:

@@ -92,6 +92,7 @@ def test_a_sweep_ranks_its_candidates(
         ("--dtype int8", "invalid choice: 'int8'"),
         ("--arch h100", "'h100' is not known; choose from sm_80"),
         ("--tile-rows 32", "invalid choice: 32"),
+        ("--json no/such/folder.json", "'no/such/folder.json' is not a file in a folder"),
     ],
 )
 def test_bad_arguments_end_in_one_line(

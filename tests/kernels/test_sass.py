@@ -66,6 +66,18 @@ $__internal_0_$__division:
 """
 
 
+# A jump through a table, whose targets the listing does not name: the loop behind it counts.
+TABLE = """
+	.section	.text.kernel,"ax",@progbits
+        /*0000*/                   BRX R2 -0x10 ;
+        /*0010*/                   EXIT ;
+.L_x_0:
+        /*0020*/                   UTCHMMA gdesc[UR4], gdesc[UR14], tmem[UR7], idesc[UR25], UPT ;
+        /*0030*/               @P0 BRA `(.L_x_0) ;
+        /*0040*/                   EXIT ;
+"""
+
+
 def test_reads_one_kernels_instructions_and_labels() -> None:
     listing = parse(WAITING, "kernel")
     assert [i.address for i in listing.instructions] == list(range(0, 0x100, 16))
@@ -94,6 +106,11 @@ def test_nested_loops_and_far_jumps() -> None:
     assert (inner.depth, inner.innermost) == (2, True)
     assert [i.address for i in outer.instructions] == [0x10, 0x50, 0x60]
     assert (outer.depth, outer.innermost) == (1, False)
+
+
+def test_loops_behind_a_jump_table_are_found() -> None:
+    (loop,) = loops(parse(TABLE, "kernel"))
+    assert [i.address for i in loop.instructions] == [0x20, 0x30]
 
 
 @pytest.mark.parametrize(
