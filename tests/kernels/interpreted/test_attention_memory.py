@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import mmap
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -101,32 +101,26 @@ def test_poisoned_neighbours_change_no_bit(width, dtype, bias):
 # --- addresses
 
 
-class SparseMemory:
-    """Tensors larger than memory, of which only the pages that are touched exist."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
-
-    def empty(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
-        size = math.prod(shape)
-        if DEVICE == "cuda":
-            if size * dtype.itemsize > torch.cuda.mem_get_info()[0] * 0.9:
-                pytest.skip(f"needs {size * dtype.itemsize / 2**30:.0f} GiB of GPU memory")
-            return torch.empty(shape, dtype=dtype, device=DEVICE)
-        self.count += 1
-        name = str(self.folder / f"memory{self.count}")
-        return torch.from_file(name, shared=True, size=size, dtype=dtype).view(shape)
+def untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that may be larger than memory: only the pages that someone touches exist."""
+    size = math.prod(shape) * dtype.itemsize
+    if DEVICE == "cuda":
+        if size > torch.cuda.mem_get_info()[0] * 0.9:
+            pytest.skip(f"needs {size / 2**30:.0f} GiB of GPU memory")
+        return torch.empty(shape, dtype=dtype, device=DEVICE)
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
+    pages = mmap.mmap(-1, size, flags=flags)
+    pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
 
 
 @pytest.fixture
-def memory(tmp_path: Path):
-    torch.use_deterministic_algorithms(False)  # which would fill these tensors with NaN
-    yield SparseMemory(tmp_path)
-    for file in tmp_path.glob("memory*"):
-        file.unlink()
+def _memory_starts_as_it_is() -> None:
+    torch.use_deterministic_algorithms(False)  # which would fill huge tensors with NaN
 
 
-def test_rows_beyond_2_31_elements(memory):
+@pytest.mark.usefixtures("_memory_starts_as_it_is")
+def test_rows_beyond_2_31_elements():
     """A row stride just below what the kernels take; the last segment begins beyond 2**31."""
     lengths, stride = [230, 40], 2**24 - 8
     case = make_case(lengths, dtype=torch.float16, spare=0)
@@ -136,11 +130,11 @@ def test_rows_beyond_2_31_elements(memory):
     assert tiles.shape[0] == 1
     views = {}
     for name in ("q", "k", "v"):
-        buffer = memory.empty(270 * stride, dtype=torch.float16)
+        buffer = untouched(270 * stride, dtype=torch.float16)
         views[name] = buffer.as_strided(case.q.shape, (stride, 16, 1))
         views[name][start:] = getattr(case, name)[start:]
         assert kernel.readable(views[name])
-    bias = memory.empty(270 * 2**26, dtype=torch.float32)
+    bias = untouched(270 * 2**26, dtype=torch.float32)
     views["key_bias"] = bias.as_strided((270, 1), (2**26, 1))
     views["key_bias"][start:] = case.key_bias[start:]
     results = run_tiles(replace(case, **views), tiles)
@@ -149,20 +143,22 @@ def test_rows_beyond_2_31_elements(memory):
         assert torch.equal(results[name][start:], expected[name][start:]), name
 
 
-def test_heads_beyond_2_31_elements(memory):
+@pytest.mark.usefixtures("_memory_starts_as_it_is")
+def test_heads_beyond_2_31_elements():
     case = make_case([20], 3, dtype=torch.float16, spare=0)
     stride = 2**30 + 2**20
     views = {}
     for name in ("q", "k", "v"):
-        buffer = memory.empty(2 * stride + 20 * 16, dtype=torch.float16)
+        buffer = untouched(2 * stride + 20 * 16, dtype=torch.float16)
         views[name] = buffer.as_strided(case.q.shape, (16, stride, 1)).copy_(getattr(case, name))
-    bias = memory.empty(2 * stride + 20, dtype=torch.float32)
+    bias = untouched(2 * stride + 20, dtype=torch.float32)
     views["key_bias"] = bias.as_strided((20, 3), (1, stride)).copy_(case.key_bias)
     assert_same(run_kernel(replace(case, **views), TALL), run_kernel(case, TALL))
 
 
+@pytest.mark.usefixtures("_memory_starts_as_it_is")
 @pytest.mark.parametrize("fused", [False, True])
-def test_results_beyond_2_31_elements(memory, monkeypatch, fused):
+def test_results_beyond_2_31_elements(monkeypatch, fused):
     """So many rows that outputs, log-sums and gradients of all heads but the first lie beyond."""
     heads, width, length = 3, 16, 20
     rows = 2**30 + 2**20 if DEVICE == "cpu" else 2**26
@@ -172,13 +168,13 @@ def test_results_beyond_2_31_elements(memory, monkeypatch, fused):
     for name in ("q", "k", "v"):  # overlapping rows, and one head for all, keep the inputs small
         base = torch.randn(length * 8 + width).to(DEVICE, torch.float16)
         inputs[name] = base.as_strided((length, heads, width), (8, 0, 1))
-        buffer = memory.empty(rows * 8 + width, dtype=torch.float16)
+        buffer = untouched(rows * 8 + width, dtype=torch.float16)
         buffer[start * 8 :] = base
         large[name] = buffer.as_strided((rows, heads, width), (8, 0, 1))
     small = replace(small, **inputs)
-    bias = memory.empty(heads, rows, dtype=torch.float32).T
+    bias = untouched(heads, rows, dtype=torch.float32).T
     bias[start:] = small.key_bias
-    upstream = memory.empty(rows, heads, width, dtype=torch.float16)
+    upstream = untouched(rows, heads, width, dtype=torch.float16)
     upstream[start:] = small.grad_out
 
     usual = torch.Tensor.new_empty
@@ -186,10 +182,10 @@ def test_results_beyond_2_31_elements(memory, monkeypatch, fused):
     def new_empty(self, *shape, dtype=None, **options):
         if options:  # the interpreter's own
             return usual(self, *shape, dtype=dtype, **options)
-        return memory.empty(*shape, dtype=dtype or self.dtype)
+        return untouched(*shape, dtype=dtype or self.dtype)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    monkeypatch.setattr(torch, "empty_like", lambda x: memory.empty(*x.shape, dtype=x.dtype))
+    monkeypatch.setattr(torch, "empty_like", lambda x: untouched(*x.shape, dtype=x.dtype))
     tiles = torch.tensor([[start, length, 0, 0]], dtype=torch.int32, device=DEVICE)
     layout = PackedLayout(
         *(torch.tensor([0, rows], dtype=torch.int32) for _ in range(2)), rows, 64, None
@@ -203,9 +199,10 @@ def test_results_beyond_2_31_elements(memory, monkeypatch, fused):
         assert torch.equal(results[name][start:], expected[name]), name
 
 
-def test_rows_too_far_apart_for_the_kernels_are_copied(memory):
+@pytest.mark.usefixtures("_memory_starts_as_it_is")
+def test_rows_too_far_apart_for_the_kernels_are_copied():
     case = make_case([3, 2], dtype=torch.float16, bias=False, spare=0)
-    buffer = memory.empty(5 * 2**24, dtype=torch.float16)
+    buffer = untouched(5 * 2**24, dtype=torch.float16)
     q = buffer.as_strided(case.q.shape, (2**24, 16, 1)).copy_(case.q)
     assert not kernel.readable(q)
     with use_backend("triton"):
