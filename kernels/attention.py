@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from contextlib import AbstractContextManager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from fastagglo.kernels.pieces import (
     store_pieces,
     zero_pieces,
 )
-from fastagglo.kernels.tiles import Tile, head_pieces, tile_for
+from fastagglo.kernels.tiles import Tile, arch_of, head_pieces, tile_for, widest_piece
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
@@ -75,13 +76,13 @@ def _load_bias(bias, stride, limit, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr):
 @triton.jit
 def _forward_step(
     q, sums, largest, total, k, v, bias, k_stride, v_stride, bias_stride, limit, factor,
-    D: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, BOUNDS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take in C more keys: online softmax with base 2, ``factor = abs(scale) * log2(e)``."""
-    k_tile = load_pieces(k, k_stride, limit, D, PIECES, COLUMNS, MASKED)
+    k_tile = load_pieces(k, k_stride, limit, D, BOUNDS, COLUMNS, MASKED)
     logits = dot_transposed(q, k_tile, PRECISION)
-    v_tile = load_pieces(v, v_stride, limit, D, PIECES, COLUMNS, MASKED)
+    v_tile = load_pieces(v, v_stride, limit, D, BOUNDS, COLUMNS, MASKED)
     if HAS_BIAS or MASKED:
         logits = logits * factor + _load_bias(bias, bias_stride, limit, COLUMNS, HAS_BIAS)[None, :]
         new = tl.maximum(largest, tl.max(logits, 1))
@@ -104,7 +105,7 @@ def forward_kernel(
     H, T, scale,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     bias_stride_t, bias_stride_h,
-    D: tl.constexpr, PIECES: tl.constexpr, TILE_ROWS: tl.constexpr,
+    D: tl.constexpr, BOUNDS: tl.constexpr, TILE_ROWS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -121,9 +122,9 @@ def forward_kernel(
     out += (row * H + wide_head) * D
     lse += wide_head * T + row
     rows = tl.arange(0, ROWS)
-    sums = zero_pieces(ROWS, PIECES)
+    sums = zero_pieces(ROWS, BOUNDS)
     if not is_segment:  # rows that belong to no segment
-        store_pieces(out, H * D, limit, sums, D, PIECES, ROWS)
+        store_pieces(out, H * D, limit, sums, D, BOUNDS, ROWS)
         tl.store(lse + rows, tl.zeros((ROWS,), tl.float32), mask=rows < limit)
         return
 
@@ -136,7 +137,7 @@ def forward_kernel(
     v += segment * v_stride + wide_head * v_stride_h * 8
     if HAS_BIAS:
         bias += segment * bias_stride_t + wide_head * bias_stride_h
-    q_tile = load_pieces(q, q_stride, limit, D, PIECES, ROWS, True)
+    q_tile = load_pieces(q, q_stride, limit, D, BOUNDS, ROWS, True)
     # The running maximum is taken before scaling, which a negative scale would turn around.
     if NEGATIVE:
         q_tile = scaled(q_tile, -1.0)
@@ -148,7 +149,7 @@ def forward_kernel(
     for _ in range(0, whole, COLUMNS):
         sums, largest, total = _forward_step(
             q_tile, sums, largest, total, k, v, bias, k_stride, v_stride, bias_stride_t,
-            COLUMNS, factor, D, PIECES, COLUMNS, HAS_BIAS, False, PRECISION,
+            COLUMNS, factor, D, BOUNDS, COLUMNS, HAS_BIAS, False, PRECISION,
         )  # fmt: skip
         k += tl.cast(k_stride, tl.int64) * COLUMNS
         v += tl.cast(v_stride, tl.int64) * COLUMNS
@@ -157,14 +158,14 @@ def forward_kernel(
     if whole < length:
         sums, largest, total = _forward_step(
             q_tile, sums, largest, total, k, v, bias, k_stride, v_stride, bias_stride_t,
-            length - whole, factor, D, PIECES, COLUMNS, HAS_BIAS, True, PRECISION,
+            length - whole, factor, D, BOUNDS, COLUMNS, HAS_BIAS, True, PRECISION,
         )  # fmt: skip
 
     if HAS_BIAS:  # a row without a key: zeros, and a log-sum that makes exp2(-inf - lse) zero too
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         largest = tl.where(empty, 0.0, largest)
-    store_pieces(out, H * D, limit, scaled(sums, (1.0 / total)[:, None]), D, PIECES, ROWS)
+    store_pieces(out, H * D, limit, scaled(sums, (1.0 / total)[:, None]), D, BOUNDS, ROWS)
     tl.store(lse + rows, largest + tl.log2(total), mask=rows < limit)
 
 
@@ -174,12 +175,12 @@ def forward_kernel(
 @triton.jit
 def _dq_step(
     q, grad_out, lse, delta, sums, k, v, bias, k_stride, v_stride, bias_stride, limit, factor,
-    D: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, BOUNDS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add C keys' part of dQ / scale."""
-    k_tile = load_pieces(k, k_stride, limit, D, PIECES, COLUMNS, MASKED)
-    v_tile = load_pieces(v, v_stride, limit, D, PIECES, COLUMNS, MASKED)
+    k_tile = load_pieces(k, k_stride, limit, D, BOUNDS, COLUMNS, MASKED)
+    v_tile = load_pieces(v, v_stride, limit, D, BOUNDS, COLUMNS, MASKED)
     logits = dot_transposed(q, k_tile, PRECISION) * factor
     if HAS_BIAS or MASKED:
         logits += _load_bias(bias, bias_stride, limit, COLUMNS, HAS_BIAS)[None, :]
@@ -195,7 +196,7 @@ def dq_kernel(
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     bias_stride_t, bias_stride_h,
     grad_stride_t, grad_stride_h,
-    D: tl.constexpr, PIECES: tl.constexpr, TILE_ROWS: tl.constexpr,
+    D: tl.constexpr, BOUNDS: tl.constexpr, TILE_ROWS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -211,9 +212,9 @@ def dq_kernel(
     row = (start + first).to(tl.int64)
     grad_stride = grad_stride_t * 8
     grad_q += row * grad_stride + wide_head * grad_stride_h * 8
-    sums = zero_pieces(ROWS, PIECES)
+    sums = zero_pieces(ROWS, BOUNDS)
     if not is_segment:
-        store_pieces(grad_q, grad_stride, limit, sums, D, PIECES, ROWS)
+        store_pieces(grad_q, grad_stride, limit, sums, D, BOUNDS, ROWS)
         return
 
     q_stride = q_stride_t * 8
@@ -226,13 +227,13 @@ def dq_kernel(
     if HAS_BIAS:
         bias += segment * bias_stride_t + wide_head * bias_stride_h
     own = (row * H + wide_head) * D
-    q_tile = load_pieces(q, q_stride, limit, D, PIECES, ROWS, True)
-    grad_tile = load_pieces(grad_out + own, H * D, limit, D, PIECES, ROWS, True)
-    out_tile = load_pieces(out + own, H * D, limit, D, PIECES, ROWS, True)
+    q_tile = load_pieces(q, q_stride, limit, D, BOUNDS, ROWS, True)
+    grad_tile = load_pieces(grad_out + own, H * D, limit, D, BOUNDS, ROWS, True)
+    out_tile = load_pieces(out + own, H * D, limit, D, BOUNDS, ROWS, True)
     rows = tl.arange(0, ROWS)
     lse_row = tl.load(lse + wide_head * T + row + rows, mask=rows < limit, other=0.0)
     delta_row = tl.zeros((ROWS,), tl.float32)
-    for i in tl.static_range(len(PIECES)):
+    for i in tl.static_range(len(BOUNDS) - 1):
         delta_row += tl.sum(grad_tile[i].to(tl.float32) * out_tile[i].to(tl.float32), 1)
     tl.store(delta + wide_head * T + row + rows, delta_row, mask=rows < limit)
     factor = scale * LOG2E
@@ -241,7 +242,7 @@ def dq_kernel(
     for _ in range(0, whole, COLUMNS):
         sums = _dq_step(
             q_tile, grad_tile, lse_row, delta_row, sums, k, v, bias, k_stride, v_stride,
-            bias_stride_t, COLUMNS, factor, D, PIECES, COLUMNS, HAS_BIAS, False, PRECISION,
+            bias_stride_t, COLUMNS, factor, D, BOUNDS, COLUMNS, HAS_BIAS, False, PRECISION,
         )  # fmt: skip
         k += tl.cast(k_stride, tl.int64) * COLUMNS
         v += tl.cast(v_stride, tl.int64) * COLUMNS
@@ -250,22 +251,22 @@ def dq_kernel(
     if whole < length:
         sums = _dq_step(
             q_tile, grad_tile, lse_row, delta_row, sums, k, v, bias, k_stride, v_stride,
-            bias_stride_t, length - whole, factor, D, PIECES, COLUMNS, HAS_BIAS, True, PRECISION,
+            bias_stride_t, length - whole, factor, D, BOUNDS, COLUMNS, HAS_BIAS, True, PRECISION,
         )  # fmt: skip
-    store_pieces(grad_q, grad_stride, limit, scaled(sums, scale), D, PIECES, ROWS)
+    store_pieces(grad_q, grad_stride, limit, scaled(sums, scale), D, BOUNDS, ROWS)
 
 
 @triton.jit
 def _dkv_step(
     k, v, bias, grad_k, grad_v, grad_bias, q, grad_out, lse, delta,
     q_stride, grad_out_stride, limit, factor,
-    D: tl.constexpr, PIECES: tl.constexpr, COLUMNS: tl.constexpr,
+    D: tl.constexpr, BOUNDS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add C queries' part of dK / scale, dV and d bias. Keys run down, queries across."""
     queries = tl.arange(0, COLUMNS)
-    q_tile = load_pieces(q, q_stride, limit, D, PIECES, COLUMNS, MASKED)
-    grad_tile = load_pieces(grad_out, grad_out_stride, limit, D, PIECES, COLUMNS, MASKED)
+    q_tile = load_pieces(q, q_stride, limit, D, BOUNDS, COLUMNS, MASKED)
+    grad_tile = load_pieces(grad_out, grad_out_stride, limit, D, BOUNDS, COLUMNS, MASKED)
     if MASKED:  # exp2(0 - inf): a query that is not there weighs nothing
         lse_row = tl.load(lse + queries, mask=queries < limit, other=float("inf"))
         delta_row = tl.load(delta + queries, mask=queries < limit, other=0.0)
@@ -291,7 +292,7 @@ def dkv_kernel(
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
     bias_stride_t, bias_stride_h,
     grad_stride_t, grad_stride_h,
-    D: tl.constexpr, PIECES: tl.constexpr, TILE_ROWS: tl.constexpr,
+    D: tl.constexpr, BOUNDS: tl.constexpr, TILE_ROWS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -309,12 +310,12 @@ def dkv_kernel(
     grad_stride = grad_stride_t * 8
     grad_k += row * grad_stride + wide_head * grad_stride_h * 8
     grad_v += row * grad_stride + wide_head * grad_stride_h * 8
-    k_sums = zero_pieces(ROWS, PIECES)
-    v_sums = zero_pieces(ROWS, PIECES)
+    k_sums = zero_pieces(ROWS, BOUNDS)
+    v_sums = zero_pieces(ROWS, BOUNDS)
     bias_sums = tl.zeros((ROWS,), tl.float32)
     if not is_segment:
-        store_pieces(grad_k, grad_stride, limit, k_sums, D, PIECES, ROWS)
-        store_pieces(grad_v, grad_stride, limit, v_sums, D, PIECES, ROWS)
+        store_pieces(grad_k, grad_stride, limit, k_sums, D, BOUNDS, ROWS)
+        store_pieces(grad_v, grad_stride, limit, v_sums, D, BOUNDS, ROWS)
         if BIAS_GRAD:
             tl.store(grad_bias + wide_head * T + row + rows, bias_sums, mask=rows < limit)
         return
@@ -329,8 +330,8 @@ def dkv_kernel(
     grad_out += (segment * H + wide_head) * D
     lse += wide_head * T + segment
     delta += wide_head * T + segment
-    k_tile = load_pieces(k, k_stride, limit, D, PIECES, ROWS, True)
-    v_tile = load_pieces(v, v_stride, limit, D, PIECES, ROWS, True)
+    k_tile = load_pieces(k, k_stride, limit, D, BOUNDS, ROWS, True)
+    v_tile = load_pieces(v, v_stride, limit, D, BOUNDS, ROWS, True)
     if HAS_BIAS:
         own = bias + row * bias_stride_t + wide_head * bias_stride_h
         bias_row = _load_bias(own, bias_stride_t, limit, ROWS, True)
@@ -343,7 +344,7 @@ def dkv_kernel(
         k_sums, v_sums, bias_sums = _dkv_step(
             k_tile, v_tile, bias_row, k_sums, v_sums, bias_sums, q, grad_out, lse, delta,
             q_stride, H * D, COLUMNS, factor,
-            D, PIECES, COLUMNS, HAS_BIAS, BIAS_GRAD, False, PRECISION,
+            D, BOUNDS, COLUMNS, HAS_BIAS, BIAS_GRAD, False, PRECISION,
         )  # fmt: skip
         q += tl.cast(q_stride, tl.int64) * COLUMNS
         grad_out += tl.cast(H * D, tl.int64) * COLUMNS
@@ -353,10 +354,10 @@ def dkv_kernel(
         k_sums, v_sums, bias_sums = _dkv_step(
             k_tile, v_tile, bias_row, k_sums, v_sums, bias_sums, q, grad_out, lse, delta,
             q_stride, H * D, length - whole, factor,
-            D, PIECES, COLUMNS, HAS_BIAS, BIAS_GRAD, True, PRECISION,
+            D, BOUNDS, COLUMNS, HAS_BIAS, BIAS_GRAD, True, PRECISION,
         )  # fmt: skip
-    store_pieces(grad_k, grad_stride, limit, scaled(k_sums, scale), D, PIECES, ROWS)
-    store_pieces(grad_v, grad_stride, limit, v_sums, D, PIECES, ROWS)
+    store_pieces(grad_k, grad_stride, limit, scaled(k_sums, scale), D, BOUNDS, ROWS)
+    store_pieces(grad_v, grad_stride, limit, v_sums, D, BOUNDS, ROWS)
     if BIAS_GRAD:
         tl.store(grad_bias + wide_head * T + row + rows, bias_sums, mask=rows < limit)
 
@@ -521,10 +522,11 @@ def _bias_strides(key_bias: Tensor | None) -> tuple[int, int]:
 
 def _constants(q: Tensor, tile_rows: int, tile: Tile) -> dict[str, Any]:
     width = q.shape[2]
+    pieces = head_pieces(width, widest_piece(arch_of(q), q.element_size()))
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "D": width,
-        "PIECES": head_pieces(width),
+        "BOUNDS": (0, *accumulate(pieces)),
         "TILE_ROWS": tile_rows,
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,

@@ -1,7 +1,8 @@
 """A tile of rows of one head, in the pieces that Triton's power-of-two blocks allow.
 
-A head of 80 is a piece of 64 and one of 16 (``head_pieces`` in tiles.py): a tile is a tuple of
-blocks (rows, piece), and a product over the head is a sum of products over the pieces.
+A head of 80 is a piece of 64 and one of 16 (``head_pieces`` in tiles.py). A tile is a tuple of
+blocks (rows, piece), and a product over the head is a sum of products over the pieces. Kernels know
+the pieces by their bounds, (0, 64, 80): piece i is columns BOUNDS[i] to BOUNDS[i + 1].
 """
 
 from __future__ import annotations
@@ -16,23 +17,12 @@ def _zeros(ROWS: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def zero_pieces(ROWS: tl.constexpr, PIECES: tl.constexpr):
+def zero_pieces(ROWS: tl.constexpr, BOUNDS: tl.constexpr):
     """One fp32 accumulator (R, piece) for each piece of the head."""
     result = ()
-    for i in tl.static_range(len(PIECES)):
-        result = result + (_zeros(ROWS, PIECES[i]),)
+    for i in tl.static_range(len(BOUNDS) - 1):
+        result = result + (_zeros(ROWS, BOUNDS[i + 1] - BOUNDS[i]),)
     return result
-
-
-@triton.jit
-def _piece_offset(PIECES: tl.constexpr, INDEX: tl.constexpr):
-    """Where a piece begins in the head: the pieces before it are powers of two, largest first."""
-    if INDEX == 0:
-        return 0
-    elif INDEX == 1:
-        return PIECES[0]
-    else:
-        return PIECES[0] + PIECES[1]
 
 
 @triton.jit
@@ -41,17 +31,17 @@ def load_pieces(
     stride,
     limit,
     D: tl.constexpr,
-    PIECES: tl.constexpr,
+    BOUNDS: tl.constexpr,
     ROWS: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Rows 0 .. R of a head as one tile (R, piece) a piece; zeros in rows from ``limit`` on."""
     rows = tl.arange(0, ROWS)
     result = ()
-    for i in tl.static_range(len(PIECES)):
-        columns = _piece_offset(PIECES, i) + tl.arange(0, PIECES[i])
+    for i in tl.static_range(len(BOUNDS) - 1):
+        columns = BOUNDS[i] + tl.arange(0, BOUNDS[i + 1] - BOUNDS[i])
         pointers = base + (rows[:, None] * stride + columns[None, :])
-        if _piece_offset(PIECES, i) + PIECES[i] > D:
+        if BOUNDS[i + 1] > D:
             # The next head's columns lie here, or another tensor's: they must not be read.
             inside = columns[None, :] < D
             if MASKED:
@@ -67,12 +57,12 @@ def load_pieces(
 
 @triton.jit
 def store_pieces(
-    base, stride, limit, tiles, D: tl.constexpr, PIECES: tl.constexpr, ROWS: tl.constexpr
+    base, stride, limit, tiles, D: tl.constexpr, BOUNDS: tl.constexpr, ROWS: tl.constexpr
 ):
     """Store one tile (R, piece) a piece to rows 0 .. ``limit`` of a head."""
     rows = tl.arange(0, ROWS)
-    for i in tl.static_range(len(PIECES)):
-        columns = _piece_offset(PIECES, i) + tl.arange(0, PIECES[i])
+    for i in tl.static_range(len(BOUNDS) - 1):
+        columns = BOUNDS[i] + tl.arange(0, BOUNDS[i + 1] - BOUNDS[i])
         pointers = base + (rows[:, None] * stride + columns[None, :])
         inside = (rows[:, None] < limit) & (columns[None, :] < D)
         tl.store(pointers, tiles[i].to(base.dtype.element_ty), mask=inside)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 # The oldest generation that the table holds; also whose blocks the interpreter takes, having none.
 OLDEST_ARCH = 80
+TABLE = Path(__file__).with_name("tiles.json")
 
 
 @dataclass(frozen=True)
@@ -32,14 +33,34 @@ class Tile:
     stages: int
 
 
-def head_pieces(head_dim: int) -> tuple[int, ...]:
+def head_pieces(head_dim: int, widest: int = 128) -> tuple[int, ...]:
     """Split a head dim into the sizes that its products are made of: 80 -> (64, 16).
 
     Triton's blocks are powers of two. Their sum is the head dim rounded up to 16, the least that a
     tensor core multiplies by: 72 -> (64, 16), 96 -> (64, 32), 112 -> (64, 32, 16), 128 -> (128,).
+
+    Args:
+        head_dim: to be split.
+        widest: of the pieces, a power of two of at least 16.
     """
-    padded = -(-head_dim // 16) * 16
-    return tuple(1 << bit for bit in range(padded.bit_length(), 3, -1) if padded >> bit & 1)
+    left = -(-head_dim // 16) * 16
+    pieces = []
+    while left:
+        pieces.append(min(widest, 1 << left.bit_length() - 1))
+        left -= pieces[-1]
+    return tuple(pieces)
+
+
+def widest_piece(arch: int, element_size: int) -> int:
+    """The widest piece of a head that a generation's products take without spilling.
+
+    Multiplied without tensor cores (fp32), a thread holds whole rows of its operands. With
+    ``mma.sync``, Triton lays out warps beside each other as soon as a block is wider than high, and
+    rows then meet through shared memory.
+    """
+    if element_size == 4:
+        return 32
+    return 64 if arch // 10 in (8, 12) else 128
 
 
 def arch_of(x: Tensor) -> int:
@@ -71,7 +92,7 @@ def tile_for(kernel: str, x: Tensor, tile_rows: int) -> Tile:
     Raises:
         ValueError: a GPU older than every one in the table.
     """
-    width = sum(head_pieces(x.shape[2]))
+    width = -(-x.shape[2] // 16) * 16
     return _tile(kernel, arch_of(x), x.element_size(), width, tile_rows)
 
 
@@ -89,7 +110,7 @@ def _tile(kernel: str, arch: int, element_size: int, width: int, tile_rows: int)
 @functools.cache
 def table() -> dict[int, dict[tuple[str, int, int, int], Tile]]:
     """Tiles by generation and by (kernel, bytes of an element, padded head dim, tile_rows)."""
-    raw = json.loads(Path(__file__).with_name("tiles.json").read_text())
+    raw = json.loads(TABLE.read_text())
     result: dict[int, dict[tuple[str, int, int, int], Tile]] = {}
     for arch, part in raw.items():
         result[int(arch)] = {

@@ -45,15 +45,16 @@ def forward(
     """
     q, k, v = map(_readable, (q, k, v))
     kernel = _flash_forward if q.device.type == "cpu" else _plain_forward
+    out = q.new_empty(q.shape)
+    out[int(cu_seqlens_cpu[-1]) :] = 0
     lse = q.new_zeros(q.shape[1], q.shape[0], dtype=exact(q.dtype))
-    pieces: list[Tensor] = []
     with torch.autocast(q.device.type, enabled=False):
         for run in _runs(cu_seqlens_cpu):
             bias = None if key_bias is None else _dense(key_bias, run)
-            out, sums = kernel(*(_dense(x, run) for x in (q, k, v)), bias, scale)
-            pieces.append(_packed(out))
-            _dense(lse.T, run).copy_(sums)
-    return _join(pieces, q), lse
+            results = kernel(*(_dense(x, run) for x in (q, k, v)), bias, scale)
+            for x, result in zip((out, lse.T), results, strict=True):
+                _dense(x, run).copy_(result)
+    return out, lse
 
 
 def backward(
@@ -130,19 +131,6 @@ def _dense(x: Tensor, run: _Run) -> Tensor:
     """View the rows of a run, (T, H) or (T, H, D), as (N, H, L) or (N, H, L, D)."""
     row, count, length = run
     return x.narrow(0, row, count * length).unflatten(0, (count, length)).transpose(1, 2)
-
-
-def _packed(x: Tensor) -> Tensor:
-    """The inverse of _dense."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def _join(pieces: list[Tensor], like: Tensor) -> Tensor:
-    """Put the runs one after the other, and zeros in the rows behind them."""
-    padding = like.shape[0] - sum(piece.shape[0] for piece in pieces)
-    if padding or not pieces:
-        pieces = [*pieces, like.new_zeros(padding, *like.shape[1:])]
-    return pieces[0].contiguous() if len(pieces) == 1 else torch.cat(pieces)
 
 
 # --- dense kernels: (N, H, L, D), lse and bias (N, H, L) ------------------------------------------

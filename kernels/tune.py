@@ -1,0 +1,251 @@
+"""Choose the block sizes of tiles.json: timed on the GPU at hand, or estimated from machine code.
+
+    python -m fastagglo.kernels.tune --arch sm_80,sm_90,sm_100   # on any machine: an estimate
+    python -m fastagglo.kernels.tune --measure                   # on a GPU, for that GPU
+
+Every candidate is compiled through the real launcher. What spills, with a bias or without, or does
+not fit the chip is out. The rest is ranked by `estimate`; with ``--measure`` the likeliest few are
+then timed on a mix of lengths. The table says what made each part of it: versions and, if it was
+measured, device and driver.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from fastagglo.kernels import attention
+from fastagglo.kernels.analysis import Report
+from fastagglo.kernels.candidates import KERNELS, launch
+from fastagglo.kernels.chips import CHIPS, SUB_PARTITIONS
+from fastagglo.kernels.sweep import Job, run_jobs
+from fastagglo.kernels.tiles import TABLE, Tile
+
+HEAD_DIMS = tuple(range(16, 129, 16))
+TILE_ROWS = (64, 128)
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# Kernels by the names of the table, and by those of `candidates`.
+NAMES = {"forward": "fwd", "dq": "dq", "dkv": "dkv"}
+
+# Bytes that an SM reads from the L2 cache in a clock: A100's whitepaper gives 5120 for 108 SMs;
+# what H100 is measured to reach comes to less for each of its 132.
+L2_BYTES = 32
+
+# What --measure times: a batch of the recipe's resolutions, and one of windows of 8 x 8 patches.
+LENGTHS = {128: (196,) * 32 + (576,) * 16 + (1024,) * 8 + (4096,) * 2, 64: (64,) * 512}
+MEASURED = 6
+
+
+def plausible(kernel: str, element_size: int, width: int) -> Iterator[Tile]:
+    """Block sizes worth a compile.
+
+    Args:
+        kernel: of `NAMES`.
+        element_size: bytes of an element.
+        width: the head dim rounded up to 16.
+    """
+    if element_size == 4:  # multiplied without tensor cores
+        sizes = [(16, 16, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 16, 8), (64, 32, 8)]
+        yield from (Tile(rows, columns, warps, 2) for rows, columns, warps in sizes)
+        return
+    for rows, warps in ((64, 4), (128, 8), (128, 4)):
+        if warps == 4 and rows == 128 and (kernel != "forward" or width > 64):
+            continue  # a thread of such a tile never has the registers
+        for columns in (16, 32, 64, 128):
+            if columns > rows or (kernel == "forward" and columns < 32):
+                continue
+            # Blocks that one thread holds in registers, in fp32; more leave no room for the rest.
+            sums = width * (2 if kernel == "dkv" else 1)
+            if rows * (sums + columns) // (32 * warps) <= 192:
+                yield from (Tile(rows, columns, warps, stages) for stages in (2, 3))
+
+
+def estimate(report: Report, kernel: str, tile: Tile, element_size: int, width: int) -> float:
+    """Clocks of an SM per useful kFLOP of the main loop: a model, to rank what was never run.
+
+    A stream is a warp in each of the four sub-partitions. It does its products and its other work
+    in turns, and the streams hide each other's: of n streams, the clocks of the less busy side show
+    by 1 / n. Every trip also reads two blocks (columns, width) from the L2 cache.
+    """
+    loop = report.main
+    if loop is None or not loop.cycles or not report.occupancy.ctas:
+        return float("inf")
+    trips = loop.unroll or 1
+    streams = report.occupancy.ctas * report.num_warps / SUB_PARTITIONS
+    tensor = loop.cycles.get("tensor", 0.0)
+    other = max(value for unit, value in loop.cycles.items() if unit != "tensor")
+    read = trips * 2 * tile.columns * width * element_size / L2_BYTES
+    clocks = max(tensor, other, read) + min(tensor, other) / streams
+    flops = 2 * KERNELS[NAMES[kernel]][1] * tile.rows * tile.columns * width * trips
+    return clocks / flops * 1e3
+
+
+def compiled(
+    arch: str, dtype: str, kernel: str, width: int, tiles: Sequence[Tile], bias: bool, workers: int
+) -> dict[Tile, Report]:
+    """What became of those tiles that compile, fit the chip and do not spill."""
+    name = NAMES[kernel]
+    jobs = [
+        Job(
+            str(index),
+            arch,
+            partial(launch, name, dtype, width, 128, tile, bias),
+            kernels=(KERNELS[name][0],),
+        )
+        for index, tile in enumerate(tiles)
+    ]
+    return {
+        tiles[int(row.label)]: row.report
+        for row in run_jobs(jobs, workers)
+        if row.report is not None and row.report.fits and not row.report.spills
+    }
+
+
+def choose(
+    arch: str, dtype: str, kernel: str, width: int, workers: int, measure: bool
+) -> list[list[Any]]:
+    """The table's entries for one kernel and head dim, for each height of the work list's tiles.
+
+    Raises:
+        RuntimeError: no candidate compiles, fits and does not spill.
+    """
+    size = DTYPES[dtype].itemsize
+    reports = compiled(
+        arch, dtype, kernel, width, list(plausible(kernel, size, width)), False, workers
+    )
+    scores = {tile: estimate(reports[tile], kernel, tile, size, width) for tile in reports}
+    entries = []
+    for tile_rows in TILE_ROWS:
+        wanted = MEASURED if measure else 1
+        held: list[Tile] = []
+        for tile in sorted(scores, key=lambda tile: scores[tile]):
+            # The bias takes registers: one tile serves both.
+            if tile.rows <= tile_rows and len(held) < wanted:
+                held += compiled(arch, dtype, kernel, width, [tile], True, 1)
+        if not held:
+            raise RuntimeError(
+                f"{kernel}: no candidate for {arch}, {dtype}, head dim {width} and tiles of "
+                f"{tile_rows} rows compiles, fits and does not spill; add one to plausible()"
+            )
+        best = held[0]
+        if measure:
+            best = min(held, key=partial(milliseconds, kernel, dtype, width, tile_rows))
+        entries.append([kernel, size, width, tile_rows, *astuple(best)])
+    return entries
+
+
+def milliseconds(kernel: str, dtype: str, width: int, tile_rows: int, tile: Tile) -> float:
+    """Median time of a pass on the current CUDA device; a backward pass has both of its kernels."""
+    lengths = sorted(LENGTHS[tile_rows], reverse=True)
+    rows, heads = sum(lengths), 16
+    qkv = torch.randn(rows, 3, heads, width, dtype=DTYPES[dtype], device="cuda")
+    work, start = [], 0
+    for segment, length in enumerate(lengths):
+        work += [(start, length, first, segment) for first in range(0, length, tile_rows)]
+        start += length
+    tiles = torch.tensor(work, dtype=torch.int32, device="cuda")
+    inputs = (*qkv.unbind(1), None, tiles, tile_rows)
+    scale = width**-0.5
+    if kernel == "forward":
+        return triton.testing.do_bench(
+            lambda: attention.forward(*inputs, scale, tile=tile), return_mode="median"
+        )
+    out, lse = attention.forward(*inputs, scale)
+    return triton.testing.do_bench(
+        lambda: attention.backward(
+            torch.ones_like(out), *inputs, out, lse, scale, fused=True, **{f"tile_{kernel}": tile}
+        ),
+        return_mode="median",
+    )
+
+
+def source(measure: bool) -> dict[str, str]:
+    """What made a part of the table."""
+    made = {"triton": triton.__version__}
+    if not measure:
+        return {"method": "estimated from machine code, not measured", **made}
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    driver = "unknown"
+    if shutil.which(query[0]):
+        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return {
+        "method": "measured",
+        **made,
+        "torch": torch.__version__,
+        "cuda": str(torch.version.cuda),
+        "device": torch.cuda.get_device_name(),
+        "driver": driver,
+    }
+
+
+def write(arch: str, entries: Sequence[Sequence[Any]], made_by: dict[str, str], path: Path) -> None:
+    """Put entries for one architecture into the table; its other entries stay if made alike."""
+    table = json.loads(path.read_text()) if path.exists() else {}
+    part = table.get(arch.removeprefix("sm_"), {})
+    old = part["tiles"] if part.get("source") == made_by else []
+    new = {tuple(entry[:4]): list(entry) for entry in (*old, *entries)}
+    table[arch.removeprefix("sm_")] = {
+        "source": made_by,
+        "tiles": [new[key] for key in sorted(new)],
+    }
+    parts = []
+    for name in sorted(table, key=int):
+        lines = ",\n".join(f"  {json.dumps(entry)}" for entry in table[name]["tiles"])
+        head = json.dumps(table[name]["source"])
+        parts.append(f'"{name}": {{"source": {head}, "tiles": [\n{lines}\n]}}')
+    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line. Returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="python -m fastagglo.kernels.tune", description="Choose the attention's block sizes."
+    )
+    parser.add_argument("--arch", metavar="A,B", help=f"of {', '.join(CHIPS)}; default: all")
+    parser.add_argument("--measure", action="store_true", help="time them on the CUDA device here")
+    parser.add_argument(
+        "--heads", metavar="A,B", default=",".join(map(str, HEAD_DIMS)), help="multiples of 16"
+    )
+    parser.add_argument("--dtype", choices=[*DTYPES, "all"], default="all")
+    parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default 2)")
+    parser.add_argument("--out", type=Path, default=TABLE, help="default: the library's own table")
+    options = parser.parse_args(arguments)
+    archs = options.arch.split(",") if options.arch else list(CHIPS)
+    if options.measure:
+        if not torch.cuda.is_available():
+            parser.error("--measure needs a CUDA device, and there is none")
+        archs = ["sm_{}{}".format(*torch.cuda.get_device_capability())]
+    if unknown := [arch for arch in archs if arch not in CHIPS]:
+        parser.error(f"--arch: {unknown[0]!r} is not known; choose from {', '.join(CHIPS)}")
+    try:
+        widths = [HEAD_DIMS[HEAD_DIMS.index(int(text))] for text in options.heads.split(",")]
+    except ValueError:
+        parser.error(f"--heads: choose from {HEAD_DIMS}, got {options.heads!r}")
+    dtypes = list(DTYPES) if options.dtype == "all" else [options.dtype]
+    for arch, dtype, width in product(archs, dtypes, widths):
+        entries = [
+            entry
+            for kernel in NAMES
+            for entry in choose(arch, dtype, kernel, width, options.jobs, options.measure)
+        ]
+        # Head dim by head dim, so that a long run may be stopped.
+        write(arch, entries, source(options.measure), options.out)
+        print(f"{arch} {dtype} {width}: {entries}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
