@@ -38,13 +38,16 @@ from fastagglo.kernels.tiles import Tile, arch_of, head_pieces, tile_for, widest
 
 LOG2E = tl.constexpr(math.log2(math.e))
 
-# Strides are passed in units of 8 elements and multiplied in the kernel: Triton itself only learns
-# whether an integer divides by 16, and a head of 72 would cost it its 16-byte loads.
+# The kernels take row strides twice. As a compile-time constant (Q_STRIDE) for the rows of a block,
+# which then lie at fixed distances from one address; as an argument (q_row) for where a segment
+# begins, because LLVM works out a product with a constant anew in every trip of a loop. Strides of
+# heads are arguments: that of (H, T, D) changes with T. Arguments come in units of 8 elements: Triton
+# only learns whether an integer divides by 16, and a head of 72 would cost it its 16-byte loads.
 STRIDE_UNIT = 8
 
 
 @triton.jit
-def _work(tiles, H, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr):
+def _work(tiles, H: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr):
     """What this program does: (head, first packed row of its segment, the segment's rows, first row
     of its tile, whether it is a segment at all)."""
     # Heads run fastest: neighbours share the entry, and a long segment's tiles all start early.
@@ -60,11 +63,18 @@ def _work(tiles, H, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _load_bias(bias, stride, limit, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _partial_sums(x):
+    """Sums of every eighth column, (R, 8): a thread holds those of a tensor core's result, so that
+    threads need not meet until the loop is over."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), 1)
+
+
+@triton.jit
+def _load_bias(bias, limit, STRIDE: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr):
     """The logits' addend (R,) in the log2 domain; -inf removes the keys from ``limit`` on."""
     rows = tl.arange(0, ROWS)
     if HAS_BIAS:
-        pointers = bias + rows * tl.cast(stride, tl.int64)
+        pointers = bias + rows.to(tl.int64) * STRIDE
         return tl.load(pointers, mask=rows < limit, other=float("-inf")).to(tl.float32) * LOG2E
     else:
         return tl.where(rows < limit, 0.0, float("-inf"))
@@ -75,16 +85,17 @@ def _load_bias(bias, stride, limit, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr):
 
 @triton.jit
 def _forward_step(
-    q, sums, largest, total, k, v, bias, k_stride, v_stride, bias_stride, limit, factor,
+    q, sums, largest, total, k, v, bias, limit, factor,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, BIAS_STRIDE: tl.constexpr,
     D: tl.constexpr, BOUNDS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take in C more keys: online softmax with base 2, ``factor = abs(scale) * log2(e)``."""
-    k_tile = load_pieces(k, k_stride, limit, D, BOUNDS, COLUMNS, MASKED)
+    k_tile = load_pieces(k, limit, K_STRIDE, D, BOUNDS, COLUMNS, MASKED)
     logits = dot_transposed(q, k_tile, PRECISION)
-    v_tile = load_pieces(v, v_stride, limit, D, BOUNDS, COLUMNS, MASKED)
+    v_tile = load_pieces(v, limit, V_STRIDE, D, BOUNDS, COLUMNS, MASKED)
     if HAS_BIAS or MASKED:
-        logits = logits * factor + _load_bias(bias, bias_stride, limit, COLUMNS, HAS_BIAS)[None, :]
+        logits = logits * factor + _load_bias(bias, limit, BIAS_STRIDE, COLUMNS, HAS_BIAS)[None, :]
         new = tl.maximum(largest, tl.max(logits, 1))
         # All keys so far removed: -inf - -inf would be NaN.
         base = tl.where(new == float("-inf"), 0.0, new) if HAS_BIAS else new
@@ -94,7 +105,7 @@ def _forward_step(
         base = new
         weights = tl.exp2(logits * factor - base[:, None])
     decay = tl.exp2(largest - base)
-    total = total * decay + tl.sum(weights, 1)
+    total = total * decay[:, None] + _partial_sums(weights)
     sums = dot_add(weights, v_tile, scaled(sums, decay[:, None]), PRECISION)
     return sums, new, total
 
@@ -102,17 +113,15 @@ def _forward_step(
 @triton.jit
 def forward_kernel(
     q, k, v, bias, out, lse, tiles,
-    H, T, scale,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    bias_stride_t, bias_stride_h,
+    T, scale,
+    q_row, k_row, v_row, q_head, k_head, v_head, bias_head,
+    H: tl.constexpr, Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    BIAS_STRIDE: tl.constexpr,
     D: tl.constexpr, BOUNDS: tl.constexpr, TILE_ROWS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out = softmax(q k^T * scale + bias) v``; lse (H, T) is the log2-sum of the logits * log2 e.
-
-    Strides of q, k and v come in units of 8 elements.
-    """
+    """``out = softmax(q k^T * scale + bias) v``; lse (H, T): its log-sum-exp, to base 2."""
     head, start, length, first, is_segment = _work(tiles, H, TILE_ROWS, ROWS)
     if first >= length:
         return
@@ -124,48 +133,46 @@ def forward_kernel(
     rows = tl.arange(0, ROWS)
     sums = zero_pieces(ROWS, BOUNDS)
     if not is_segment:  # rows that belong to no segment
-        store_pieces(out, H * D, limit, sums, D, BOUNDS, ROWS)
+        store_pieces(out, limit, sums, H * D, D, BOUNDS, ROWS)
         tl.store(lse + rows, tl.zeros((ROWS,), tl.float32), mask=rows < limit)
         return
 
-    q_stride = q_stride_t * 8
-    k_stride = k_stride_t * 8
-    v_stride = v_stride_t * 8
     segment = start.to(tl.int64)
-    q += row * q_stride + wide_head * q_stride_h * 8
-    k += segment * k_stride + wide_head * k_stride_h * 8
-    v += segment * v_stride + wide_head * v_stride_h * 8
+    q += row * q_row * 8 + wide_head * q_head * 8
+    k += segment * k_row * 8 + wide_head * k_head * 8
+    v += segment * v_row * 8 + wide_head * v_head * 8
     if HAS_BIAS:
-        bias += segment * bias_stride_t + wide_head * bias_stride_h
-    q_tile = load_pieces(q, q_stride, limit, D, BOUNDS, ROWS, True)
+        bias += segment * BIAS_STRIDE + wide_head * bias_head
+    q_tile = load_pieces(q, limit, Q_STRIDE, D, BOUNDS, ROWS, True)
     # The running maximum is taken before scaling, which a negative scale would turn around.
     if NEGATIVE:
         q_tile = scaled(q_tile, -1.0)
     factor = scale * LOG2E
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
+    total = tl.zeros((ROWS, 8), tl.float32)
 
     whole = length // COLUMNS * COLUMNS
     for _ in range(0, whole, COLUMNS):
         sums, largest, total = _forward_step(
-            q_tile, sums, largest, total, k, v, bias, k_stride, v_stride, bias_stride_t,
-            COLUMNS, factor, D, BOUNDS, COLUMNS, HAS_BIAS, False, PRECISION,
+            q_tile, sums, largest, total, k, v, bias, COLUMNS, factor,
+            K_STRIDE, V_STRIDE, BIAS_STRIDE, D, BOUNDS, COLUMNS, HAS_BIAS, False, PRECISION,
         )  # fmt: skip
-        k += tl.cast(k_stride, tl.int64) * COLUMNS
-        v += tl.cast(v_stride, tl.int64) * COLUMNS
+        k += K_STRIDE * COLUMNS
+        v += V_STRIDE * COLUMNS
         if HAS_BIAS:
-            bias += tl.cast(bias_stride_t, tl.int64) * COLUMNS
+            bias += BIAS_STRIDE * COLUMNS
     if whole < length:
         sums, largest, total = _forward_step(
-            q_tile, sums, largest, total, k, v, bias, k_stride, v_stride, bias_stride_t,
-            length - whole, factor, D, BOUNDS, COLUMNS, HAS_BIAS, True, PRECISION,
+            q_tile, sums, largest, total, k, v, bias, length - whole, factor,
+            K_STRIDE, V_STRIDE, BIAS_STRIDE, D, BOUNDS, COLUMNS, HAS_BIAS, True, PRECISION,
         )  # fmt: skip
 
+    total = tl.sum(total, 1)
     if HAS_BIAS:  # a row without a key: zeros, and a log-sum that makes exp2(-inf - lse) zero too
         empty = total == 0.0
         total = tl.where(empty, 1.0, total)
         largest = tl.where(empty, 0.0, largest)
-    store_pieces(out, H * D, limit, scaled(sums, (1.0 / total)[:, None]), D, BOUNDS, ROWS)
+    store_pieces(out, limit, scaled(sums, (1.0 / total)[:, None]), H * D, D, BOUNDS, ROWS)
     tl.store(lse + rows, largest + tl.log2(total), mask=rows < limit)
 
 
@@ -174,16 +181,17 @@ def forward_kernel(
 
 @triton.jit
 def _dq_step(
-    q, grad_out, lse, delta, sums, k, v, bias, k_stride, v_stride, bias_stride, limit, factor,
+    q, grad_out, lse, delta, sums, k, v, bias, limit, factor,
+    K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, BIAS_STRIDE: tl.constexpr,
     D: tl.constexpr, BOUNDS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add C keys' part of dQ / scale."""
-    k_tile = load_pieces(k, k_stride, limit, D, BOUNDS, COLUMNS, MASKED)
-    v_tile = load_pieces(v, v_stride, limit, D, BOUNDS, COLUMNS, MASKED)
+    k_tile = load_pieces(k, limit, K_STRIDE, D, BOUNDS, COLUMNS, MASKED)
+    v_tile = load_pieces(v, limit, V_STRIDE, D, BOUNDS, COLUMNS, MASKED)
     logits = dot_transposed(q, k_tile, PRECISION) * factor
     if HAS_BIAS or MASKED:
-        logits += _load_bias(bias, bias_stride, limit, COLUMNS, HAS_BIAS)[None, :]
+        logits += _load_bias(bias, limit, BIAS_STRIDE, COLUMNS, HAS_BIAS)[None, :]
     weights = tl.exp2(logits - lse[:, None])
     grad_logits = weights * (dot_transposed(grad_out, v_tile, PRECISION) - delta[:, None])
     return dot_add(grad_logits, k_tile, sums, PRECISION)
@@ -192,44 +200,37 @@ def _dq_step(
 @triton.jit
 def dq_kernel(
     q, k, v, bias, out, lse, grad_out, grad_q, delta, tiles,
-    H, T, scale,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    bias_stride_t, bias_stride_h,
-    grad_stride_t, grad_stride_h,
+    T, scale,
+    q_row, k_row, v_row, q_head, k_head, v_head, grad_head, bias_head,
+    H: tl.constexpr, Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    BIAS_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
     D: tl.constexpr, BOUNDS: tl.constexpr, TILE_ROWS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of q, and ``delta = sum(grad_out * out)`` (H, T), which :func:`dkv_kernel` reads.
-
-    Strides of q, k, v and grad_q come in units of 8 elements; out and grad_out are contiguous.
-    """
+    """Gradient of q, and ``delta = sum(grad_out * out)`` (H, T), which :func:`dkv_kernel` reads."""
     head, start, length, first, is_segment = _work(tiles, H, TILE_ROWS, ROWS)
     if first >= length:
         return
     limit = length - first
     wide_head = head.to(tl.int64)
     row = (start + first).to(tl.int64)
-    grad_stride = grad_stride_t * 8
-    grad_q += row * grad_stride + wide_head * grad_stride_h * 8
+    grad_q += row * GRAD_STRIDE + wide_head * grad_head * 8
     sums = zero_pieces(ROWS, BOUNDS)
     if not is_segment:
-        store_pieces(grad_q, grad_stride, limit, sums, D, BOUNDS, ROWS)
+        store_pieces(grad_q, limit, sums, GRAD_STRIDE, D, BOUNDS, ROWS)
         return
 
-    q_stride = q_stride_t * 8
-    k_stride = k_stride_t * 8
-    v_stride = v_stride_t * 8
     segment = start.to(tl.int64)
-    q += row * q_stride + wide_head * q_stride_h * 8
-    k += segment * k_stride + wide_head * k_stride_h * 8
-    v += segment * v_stride + wide_head * v_stride_h * 8
+    q += row * q_row * 8 + wide_head * q_head * 8
+    k += segment * k_row * 8 + wide_head * k_head * 8
+    v += segment * v_row * 8 + wide_head * v_head * 8
     if HAS_BIAS:
-        bias += segment * bias_stride_t + wide_head * bias_stride_h
+        bias += segment * BIAS_STRIDE + wide_head * bias_head
     own = (row * H + wide_head) * D
-    q_tile = load_pieces(q, q_stride, limit, D, BOUNDS, ROWS, True)
-    grad_tile = load_pieces(grad_out + own, H * D, limit, D, BOUNDS, ROWS, True)
-    out_tile = load_pieces(out + own, H * D, limit, D, BOUNDS, ROWS, True)
+    q_tile = load_pieces(q, limit, Q_STRIDE, D, BOUNDS, ROWS, True)
+    grad_tile = load_pieces(grad_out + own, limit, H * D, D, BOUNDS, ROWS, True)
+    out_tile = load_pieces(out + own, limit, H * D, D, BOUNDS, ROWS, True)
     rows = tl.arange(0, ROWS)
     lse_row = tl.load(lse + wide_head * T + row + rows, mask=rows < limit, other=0.0)
     delta_row = tl.zeros((ROWS,), tl.float32)
@@ -241,32 +242,32 @@ def dq_kernel(
     whole = length // COLUMNS * COLUMNS
     for _ in range(0, whole, COLUMNS):
         sums = _dq_step(
-            q_tile, grad_tile, lse_row, delta_row, sums, k, v, bias, k_stride, v_stride,
-            bias_stride_t, COLUMNS, factor, D, BOUNDS, COLUMNS, HAS_BIAS, False, PRECISION,
+            q_tile, grad_tile, lse_row, delta_row, sums, k, v, bias, COLUMNS, factor,
+            K_STRIDE, V_STRIDE, BIAS_STRIDE, D, BOUNDS, COLUMNS, HAS_BIAS, False, PRECISION,
         )  # fmt: skip
-        k += tl.cast(k_stride, tl.int64) * COLUMNS
-        v += tl.cast(v_stride, tl.int64) * COLUMNS
+        k += K_STRIDE * COLUMNS
+        v += V_STRIDE * COLUMNS
         if HAS_BIAS:
-            bias += tl.cast(bias_stride_t, tl.int64) * COLUMNS
+            bias += BIAS_STRIDE * COLUMNS
     if whole < length:
         sums = _dq_step(
-            q_tile, grad_tile, lse_row, delta_row, sums, k, v, bias, k_stride, v_stride,
-            bias_stride_t, length - whole, factor, D, BOUNDS, COLUMNS, HAS_BIAS, True, PRECISION,
+            q_tile, grad_tile, lse_row, delta_row, sums, k, v, bias, length - whole, factor,
+            K_STRIDE, V_STRIDE, BIAS_STRIDE, D, BOUNDS, COLUMNS, HAS_BIAS, True, PRECISION,
         )  # fmt: skip
-    store_pieces(grad_q, grad_stride, limit, scaled(sums, scale), D, BOUNDS, ROWS)
+    store_pieces(grad_q, limit, scaled(sums, scale), GRAD_STRIDE, D, BOUNDS, ROWS)
 
 
 @triton.jit
 def _dkv_step(
-    k, v, bias, grad_k, grad_v, grad_bias, q, grad_out, lse, delta,
-    q_stride, grad_out_stride, limit, factor,
+    k, v, bias, grad_k, grad_v, grad_bias, q, grad_out, lse, delta, limit, factor,
+    Q_STRIDE: tl.constexpr, GRAD_OUT_STRIDE: tl.constexpr,
     D: tl.constexpr, BOUNDS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add C queries' part of dK / scale, dV and d bias. Keys run down, queries across."""
     queries = tl.arange(0, COLUMNS)
-    q_tile = load_pieces(q, q_stride, limit, D, BOUNDS, COLUMNS, MASKED)
-    grad_tile = load_pieces(grad_out, grad_out_stride, limit, D, BOUNDS, COLUMNS, MASKED)
+    q_tile = load_pieces(q, limit, Q_STRIDE, D, BOUNDS, COLUMNS, MASKED)
+    grad_tile = load_pieces(grad_out, limit, GRAD_OUT_STRIDE, D, BOUNDS, COLUMNS, MASKED)
     if MASKED:  # exp2(0 - inf): a query that is not there weighs nothing
         lse_row = tl.load(lse + queries, mask=queries < limit, other=float("inf"))
         delta_row = tl.load(delta + queries, mask=queries < limit, other=0.0)
@@ -281,25 +282,22 @@ def _dkv_step(
     grad_logits = weights * (dot_transposed(v, grad_tile, PRECISION) - delta_row[None, :])
     grad_k = dot_add(grad_logits, q_tile, grad_k, PRECISION)
     if BIAS_GRAD:
-        grad_bias += tl.sum(grad_logits, 1)
+        grad_bias += _partial_sums(grad_logits)
     return grad_k, grad_v, grad_bias
 
 
 @triton.jit
 def dkv_kernel(
     q, k, v, bias, lse, delta, grad_out, grad_k, grad_v, grad_bias, tiles,
-    H, T, scale,
-    q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    bias_stride_t, bias_stride_h,
-    grad_stride_t, grad_stride_h,
+    T, scale,
+    q_row, k_row, v_row, q_head, k_head, v_head, grad_head, bias_head,
+    H: tl.constexpr, Q_STRIDE: tl.constexpr, K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr,
+    BIAS_STRIDE: tl.constexpr, GRAD_STRIDE: tl.constexpr,
     D: tl.constexpr, BOUNDS: tl.constexpr, TILE_ROWS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of k, v and, as (H, T) in fp32, of the bias.
-
-    Strides of q, k, v, grad_k and grad_v come in units of 8 elements; grad_out is contiguous.
-    """
+    """Gradients of k, v and, as (H, T) in fp32, of the bias."""
     head, start, length, first, is_segment = _work(tiles, H, TILE_ROWS, ROWS)
     if first >= length:
         return
@@ -307,34 +305,32 @@ def dkv_kernel(
     wide_head = head.to(tl.int64)
     row = (start + first).to(tl.int64)
     rows = tl.arange(0, ROWS)
-    grad_stride = grad_stride_t * 8
-    grad_k += row * grad_stride + wide_head * grad_stride_h * 8
-    grad_v += row * grad_stride + wide_head * grad_stride_h * 8
+    grad_k += row * GRAD_STRIDE + wide_head * grad_head * 8
+    grad_v += row * GRAD_STRIDE + wide_head * grad_head * 8
     k_sums = zero_pieces(ROWS, BOUNDS)
     v_sums = zero_pieces(ROWS, BOUNDS)
-    bias_sums = tl.zeros((ROWS,), tl.float32)
+    bias_sums = tl.zeros((ROWS, 8), tl.float32)
     if not is_segment:
-        store_pieces(grad_k, grad_stride, limit, k_sums, D, BOUNDS, ROWS)
-        store_pieces(grad_v, grad_stride, limit, v_sums, D, BOUNDS, ROWS)
+        store_pieces(grad_k, limit, k_sums, GRAD_STRIDE, D, BOUNDS, ROWS)
+        store_pieces(grad_v, limit, v_sums, GRAD_STRIDE, D, BOUNDS, ROWS)
         if BIAS_GRAD:
-            tl.store(grad_bias + wide_head * T + row + rows, bias_sums, mask=rows < limit)
+            tl.store(
+                grad_bias + wide_head * T + row + rows, tl.sum(bias_sums, 1), mask=rows < limit
+            )
         return
 
-    q_stride = q_stride_t * 8
-    k_stride = k_stride_t * 8
-    v_stride = v_stride_t * 8
     segment = start.to(tl.int64)
-    q += segment * q_stride + wide_head * q_stride_h * 8
-    k += row * k_stride + wide_head * k_stride_h * 8
-    v += row * v_stride + wide_head * v_stride_h * 8
+    q += segment * q_row * 8 + wide_head * q_head * 8
+    k += row * k_row * 8 + wide_head * k_head * 8
+    v += row * v_row * 8 + wide_head * v_head * 8
     grad_out += (segment * H + wide_head) * D
     lse += wide_head * T + segment
     delta += wide_head * T + segment
-    k_tile = load_pieces(k, k_stride, limit, D, BOUNDS, ROWS, True)
-    v_tile = load_pieces(v, v_stride, limit, D, BOUNDS, ROWS, True)
+    k_tile = load_pieces(k, limit, K_STRIDE, D, BOUNDS, ROWS, True)
+    v_tile = load_pieces(v, limit, V_STRIDE, D, BOUNDS, ROWS, True)
     if HAS_BIAS:
-        own = bias + row * bias_stride_t + wide_head * bias_stride_h
-        bias_row = _load_bias(own, bias_stride_t, limit, ROWS, True)
+        own = bias + row * BIAS_STRIDE + wide_head * bias_head
+        bias_row = _load_bias(own, limit, BIAS_STRIDE, ROWS, True)
     else:
         bias_row = None
     factor = scale * LOG2E
@@ -343,23 +339,23 @@ def dkv_kernel(
     for _ in range(0, whole, COLUMNS):
         k_sums, v_sums, bias_sums = _dkv_step(
             k_tile, v_tile, bias_row, k_sums, v_sums, bias_sums, q, grad_out, lse, delta,
-            q_stride, H * D, COLUMNS, factor,
+            COLUMNS, factor, Q_STRIDE, H * D,
             D, BOUNDS, COLUMNS, HAS_BIAS, BIAS_GRAD, False, PRECISION,
         )  # fmt: skip
-        q += tl.cast(q_stride, tl.int64) * COLUMNS
-        grad_out += tl.cast(H * D, tl.int64) * COLUMNS
+        q += Q_STRIDE * COLUMNS
+        grad_out += H * D * COLUMNS
         lse += COLUMNS
         delta += COLUMNS
     if whole < length:
         k_sums, v_sums, bias_sums = _dkv_step(
             k_tile, v_tile, bias_row, k_sums, v_sums, bias_sums, q, grad_out, lse, delta,
-            q_stride, H * D, length - whole, factor,
+            length - whole, factor, Q_STRIDE, H * D,
             D, BOUNDS, COLUMNS, HAS_BIAS, BIAS_GRAD, True, PRECISION,
         )  # fmt: skip
-    store_pieces(grad_k, grad_stride, limit, scaled(k_sums, scale), D, BOUNDS, ROWS)
-    store_pieces(grad_v, grad_stride, limit, v_sums, D, BOUNDS, ROWS)
+    store_pieces(grad_k, limit, scaled(k_sums, scale), GRAD_STRIDE, D, BOUNDS, ROWS)
+    store_pieces(grad_v, limit, v_sums, GRAD_STRIDE, D, BOUNDS, ROWS)
     if BIAS_GRAD:
-        tl.store(grad_bias + wide_head * T + row + rows, bias_sums, mask=rows < limit)
+        tl.store(grad_bias + wide_head * T + row + rows, tl.sum(bias_sums, 1), mask=rows < limit)
 
 
 # --- launchers ------------------------------------------------------------------------------------
@@ -414,13 +410,14 @@ def forward(
     rows, heads, width = q.shape
     out = q.new_empty(rows, heads, width)
     lse = q.new_empty(heads, rows, dtype=torch.float32)
+    strides = _strides(key_bias, q, k, v)
     tile = tile or tile_for("forward", q, tile_rows)
     with _on_device(q):
         if grid := _grid(tiles, tile_rows, tile, heads):
             forward_kernel[grid](
                 q, k, v, key_bias, out, lse, tiles,
-                heads, rows, abs(scale), *_strides(q, k, v), *_bias_strides(key_bias),
-                **_constants(q, tile_rows, tile), HAS_BIAS=key_bias is not None, NEGATIVE=scale < 0,
+                rows, abs(scale), *strides,
+                **_constants(q, k, v, key_bias, tile_rows, tile), NEGATIVE=scale < 0,
             )  # fmt: skip
     return out, lse
 
@@ -467,22 +464,22 @@ def backward(
     bias_grad = bias_grad and key_bias is not None
     grad_bias = lse.new_empty(heads, rows if bias_grad else 0)
     delta = torch.empty_like(lse)
-    strides = (*_strides(q, k, v), *_bias_strides(key_bias), *_strides(grad_q))
+    strides = _strides(key_bias, q, k, v, grad_q)
     tile_dq = tile_dq or tile_for("dq", q, tile_rows)
     tile_dkv = tile_dkv or tile_for("dkv", q, tile_rows)
     with _on_device(q):
         if grid := _grid(tiles, tile_rows, tile_dq, heads):
             dq_kernel[grid](
                 q, k, v, key_bias, out, lse, grad_out, grad_q, delta, tiles,
-                heads, rows, scale, *strides,
-                **_constants(q, tile_rows, tile_dq), HAS_BIAS=key_bias is not None,
+                rows, scale, *strides,
+                **_constants(q, k, v, key_bias, tile_rows, tile_dq), GRAD_STRIDE=grad_q.stride(0),
             )  # fmt: skip
         if grid := _grid(tiles, tile_rows, tile_dkv, heads):
             dkv_kernel[grid](
                 q, k, v, key_bias, lse, delta, grad_out, grad_k, grad_v, grad_bias, tiles,
-                heads, rows, scale, *strides,
-                **_constants(q, tile_rows, tile_dkv),
-                HAS_BIAS=key_bias is not None, BIAS_GRAD=bias_grad,
+                rows, scale, *strides,
+                **_constants(q, k, v, key_bias, tile_rows, tile_dkv), GRAD_STRIDE=grad_q.stride(0),
+                BIAS_GRAD=bias_grad,
             )  # fmt: skip
     return grads, grad_bias
 
@@ -512,19 +509,26 @@ def _grid(tiles: Tensor, tile_rows: int, tile: Tile, heads: int) -> tuple[int] |
     return (programs,) if programs else None
 
 
-def _strides(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(x.stride(dim) // STRIDE_UNIT for x in tensors for dim in (0, 1))
+def _strides(key_bias: Tensor | None, *tensors: Tensor) -> tuple[int, ...]:
+    """What the kernels take: rows of q, k and v, heads of all tensors, heads of the bias."""
+    rows = (x.stride(0) // STRIDE_UNIT for x in tensors[:3])
+    heads = (x.stride(1) // STRIDE_UNIT for x in tensors)
+    return (*rows, *heads, 0 if key_bias is None else key_bias.stride(1))
 
 
-def _bias_strides(key_bias: Tensor | None) -> tuple[int, int]:
-    return (0, 0) if key_bias is None else (key_bias.stride(0), key_bias.stride(1))
-
-
-def _constants(q: Tensor, tile_rows: int, tile: Tile) -> dict[str, Any]:
-    width = q.shape[2]
+def _constants(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, tile_rows: int, tile: Tile
+) -> dict[str, Any]:
+    _, heads, width = q.shape
     pieces = head_pieces(width, widest_piece(arch_of(q), q.element_size()))
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
+        "H": heads,
+        "Q_STRIDE": q.stride(0),
+        "K_STRIDE": k.stride(0),
+        "V_STRIDE": v.stride(0),
+        "BIAS_STRIDE": 0 if key_bias is None else key_bias.stride(0),
+        "HAS_BIAS": key_bias is not None,
         "D": width,
         "BOUNDS": (0, *accumulate(pieces)),
         "TILE_ROWS": tile_rows,

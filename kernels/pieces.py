@@ -28,8 +28,8 @@ def zero_pieces(ROWS: tl.constexpr, BOUNDS: tl.constexpr):
 @triton.jit
 def load_pieces(
     base,
-    stride,
     limit,
+    STRIDE: tl.constexpr,
     D: tl.constexpr,
     BOUNDS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -40,7 +40,7 @@ def load_pieces(
     result = ()
     for i in tl.static_range(len(BOUNDS) - 1):
         columns = BOUNDS[i] + tl.arange(0, BOUNDS[i + 1] - BOUNDS[i])
-        pointers = base + (rows[:, None] * stride + columns[None, :])
+        pointers = base + (rows[:, None] * STRIDE + columns[None, :])
         if BOUNDS[i + 1] > D:
             # The next head's columns lie here, or another tensor's: they must not be read.
             inside = columns[None, :] < D
@@ -57,13 +57,19 @@ def load_pieces(
 
 @triton.jit
 def store_pieces(
-    base, stride, limit, tiles, D: tl.constexpr, BOUNDS: tl.constexpr, ROWS: tl.constexpr
+    base,
+    limit,
+    tiles,
+    STRIDE: tl.constexpr,
+    D: tl.constexpr,
+    BOUNDS: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Store one tile (R, piece) a piece to rows 0 .. ``limit`` of a head."""
     rows = tl.arange(0, ROWS)
     for i in tl.static_range(len(BOUNDS) - 1):
         columns = BOUNDS[i] + tl.arange(0, BOUNDS[i + 1] - BOUNDS[i])
-        pointers = base + (rows[:, None] * stride + columns[None, :])
+        pointers = base + (rows[:, None] * STRIDE + columns[None, :])
         inside = (rows[:, None] < limit) & (columns[None, :] < D)
         tl.store(pointers, tiles[i].to(base.dtype.element_ty), mask=inside)
 

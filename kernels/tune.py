@@ -3,10 +3,10 @@
     python -m fastagglo.kernels.tune --arch sm_80,sm_90,sm_100   # on any machine: an estimate
     python -m fastagglo.kernels.tune --measure                   # on a GPU, for that GPU
 
-Every candidate is compiled through the real launcher. What spills, with a bias or without, or does
-not fit the chip is out. The rest is ranked by `estimate`; with ``--measure`` the likeliest few are
-then timed on a mix of lengths. The table says what made each part of it: versions and, if it was
-measured, device and driver.
+Every candidate is compiled through the real launcher. What does not fit the chip is out, and what
+spills, with a bias or without (but see `compiled` for fp32). The rest is ranked by `estimate`; with
+``--measure`` the likeliest few are then timed on a mix of lengths. The table says what made each
+part of it: versions and, if it was measured, device and driver.
 """
 
 from __future__ import annotations
@@ -73,30 +73,39 @@ def plausible(kernel: str, element_size: int, width: int) -> Iterator[Tile]:
                 yield from (Tile(rows, columns, warps, stages) for stages in (2, 3))
 
 
-def estimate(report: Report, kernel: str, tile: Tile, element_size: int, width: int) -> float:
+def estimate(
+    report: Report, kernel: str, tile: Tile, element_size: int, width: int
+) -> tuple[float, float]:
     """Clocks of an SM per useful kFLOP of the main loop: a model, to rank what was never run.
 
-    A stream is a warp in each of the four sub-partitions. It does its products and its other work
-    in turns, and the streams hide each other's: of n streams, the clocks of the less busy side show
-    by 1 / n. Every trip also reads two blocks (columns, width) from the L2 cache.
+    The busiest unit decides, as in `analysis`, with two more limits. A stream, which is a warp in
+    each of the four sub-partitions, does its products and its other work in turns: n streams take
+    at least an n-th of the sum. And every trip reads two blocks (columns, width) from the L2 cache.
+
+    Returns:
+        The clocks to three digits and, for ties, the instructions other than products per kFLOP.
     """
     loop = report.main
     if loop is None or not loop.cycles or not report.occupancy.ctas:
-        return float("inf")
+        return float("inf"), 0.0
     trips = loop.unroll or 1
     streams = report.occupancy.ctas * report.num_warps / SUB_PARTITIONS
     tensor = loop.cycles.get("tensor", 0.0)
     other = max(value for unit, value in loop.cycles.items() if unit != "tensor")
     read = trips * 2 * tile.columns * width * element_size / L2_BYTES
-    clocks = max(tensor, other, read) + min(tensor, other) / streams
-    flops = 2 * KERNELS[NAMES[kernel]][1] * tile.rows * tile.columns * width * trips
-    return clocks / flops * 1e3
+    kflop = 2e-3 * KERNELS[NAMES[kernel]][1] * tile.rows * tile.columns * width * trips
+    clocks = max(tensor, other, read, (tensor + other) / streams)
+    return float(f"{clocks / kflop:.3g}"), loop.non_tensor / kflop
 
 
 def compiled(
     arch: str, dtype: str, kernel: str, width: int, tiles: Sequence[Tile], bias: bool, workers: int
 ) -> dict[Tile, Report]:
-    """What became of those tiles that compile, fit the chip and do not spill."""
+    """What became of those tiles that compile, fit the chip and do not spill.
+
+    Without tensor cores a thread holds whole rows of its operands. Wide heads of fp32 always spill
+    then; the estimate counts what that costs.
+    """
     name = NAMES[kernel]
     jobs = [
         Job(
@@ -110,7 +119,7 @@ def compiled(
     return {
         tiles[int(row.label)]: row.report
         for row in run_jobs(jobs, workers)
-        if row.report is not None and row.report.fits and not row.report.spills
+        if row.report and row.report.fits and (dtype == "fp32" or not row.report.spills)
     }
 
 
