@@ -41,8 +41,8 @@ LOG2E = tl.constexpr(math.log2(math.e))
 # The kernels take row strides twice. As a compile-time constant (Q_STRIDE) for the rows of a block,
 # which then lie at fixed distances from one address; as an argument (q_row) for where a segment
 # begins, because LLVM works out a product with a constant anew in every trip of a loop. Strides of
-# heads are arguments: that of (H, T, D) changes with T. Arguments come in units of 8 elements: Triton
-# only learns whether an integer divides by 16, and a head of 72 would cost it its 16-byte loads.
+# heads are arguments: that of (H, T, D) changes with T. Arguments come in units of 8 elements, as
+# Triton learns only whether one divides by 16: a head of 72 would cost it its 16-byte loads.
 STRIDE_UNIT = 8
 
 
@@ -411,7 +411,7 @@ def forward(
     out = q.new_empty(rows, heads, width)
     lse = q.new_empty(heads, rows, dtype=torch.float32)
     strides = _strides(key_bias, q, k, v)
-    tile = tile or tile_for("forward", q, tile_rows)
+    tile = tile or tile_for("fwd", q, tile_rows)
     with _on_device(q):
         if grid := _grid(tiles, tile_rows, tile, heads):
             forward_kernel[grid](

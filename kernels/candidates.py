@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from itertools import product
 
@@ -70,15 +70,30 @@ def launch(
         matmul.fp32_precision = former
 
 
-def candidates(tile_rows: int) -> list[Tile]:
-    """Tiles that a sweep tries."""
-    sizes = product((32, 64, 128), (32, 64, 128), (4, 8), (2, 3))
-    return [
-        Tile(rows, columns, warps, stages)
-        for rows, columns, warps, stages in sizes
-        # A product is 16 rows at least: beyond that, two warps may share the columns.
-        if rows <= tile_rows and rows >= 16 * warps // 2
-    ]
+def candidates(kernel: str, dtype: str, head_dim: int, tile_rows: int) -> list[Tile]:
+    """Block sizes worth a compile.
+
+    Args:
+        kernel: of `KERNELS`.
+        dtype: of `DTYPES`.
+        head_dim: 16 to 128 in steps of 8.
+        tile_rows: rows of a tile of the work list, which a program's rows divide.
+    """
+    if dtype == "fp32":  # multiplied without tensor cores
+        sizes = [(16, 16, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 16, 8), (64, 32, 8)]
+        return [Tile(*size, 2) for size in sizes if size[0] <= tile_rows]
+    width = -(-head_dim // 16) * 16
+    tiles = []
+    for (rows, warps), columns in product(((64, 4), (128, 8), (128, 4)), (16, 32, 64, 128)):
+        if not columns <= rows <= tile_rows or (kernel == "fwd" and columns < 32):
+            continue
+        if rows == 32 * warps and (kernel != "fwd" or width > 64):
+            continue  # a thread of such a tile never has the registers
+        # Blocks that one thread holds in registers, in fp32; more leave no room for the rest.
+        sums = width * (2 if kernel == "dkv" else 1)
+        if rows * (sums + columns) // (32 * warps) <= 192:
+            tiles += [Tile(rows, columns, warps, stages) for stages in (2, 3)]
+    return tiles
 
 
 def jobs(
@@ -97,9 +112,11 @@ def jobs(
     """
     made = []
     for arch, head_dim, kernel in product(archs, head_dims, kernels):
-        tiles: Iterable[Tile | None] = candidates(tile_rows) if sweep else (None,)
+        found: Sequence[Tile | None] = [None]
+        if sweep:
+            found = candidates(kernel, dtype, head_dim, tile_rows)
         group = f"{kernel} d{head_dim}"
-        for tile in tiles:
+        for tile in found:
             function, products = KERNELS[kernel]
             made.append(
                 Job(

@@ -21,7 +21,7 @@ class Tile:
     """Block sizes of a launch.
 
     Attributes:
-        rows: rows that a program owns: queries of ``forward`` and ``dq``, keys of ``dkv``.
+        rows: rows that a program owns: queries of ``fwd`` and ``dq``, keys of ``dkv``.
         columns: rows of the other side that one trip of its loop takes in.
         warps: warps of 32 threads.
         stages: trips in flight between global and shared memory.
@@ -85,7 +85,7 @@ def tile_for(kernel: str, x: Tensor, tile_rows: int) -> Tile:
     A generation that the table lacks takes the entries of the nearest older one that it has.
 
     Args:
-        kernel: "forward", "dq" or "dkv".
+        kernel: "fwd", "dq" or "dkv".
         x: a tensor of the launch: its dtype, head dim and device count.
         tile_rows: rows of a tile of the work list, which a program's rows divide.
 

@@ -16,7 +16,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import astuple
 from functools import partial
 from itertools import product
@@ -28,17 +28,14 @@ import triton
 
 from fastagglo.kernels import attention
 from fastagglo.kernels.analysis import Report
-from fastagglo.kernels.candidates import KERNELS, launch
+from fastagglo.kernels.candidates import DTYPES, KERNELS, candidates, launch
 from fastagglo.kernels.chips import CHIPS, SUB_PARTITIONS
 from fastagglo.kernels.sweep import Job, run_jobs
 from fastagglo.kernels.tiles import TABLE, Tile
 
 HEAD_DIMS = tuple(range(16, 129, 16))
 TILE_ROWS = (64, 128)
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
-# Kernels by the names of the table, and by those of `candidates`.
-NAMES = {"forward": "fwd", "dq": "dq", "dkv": "dkv"}
+TUNED = ("bf16", "fp32")
 
 # Bytes that an SM reads from the L2 cache in a clock: A100's whitepaper gives 5120 for 108 SMs;
 # what H100 is measured to reach comes to less for each of its 132.
@@ -47,30 +44,6 @@ L2_BYTES = 32
 # What --measure times: a batch of the recipe's resolutions, and one of windows of 8 x 8 patches.
 LENGTHS = {128: (196,) * 32 + (576,) * 16 + (1024,) * 8 + (4096,) * 2, 64: (64,) * 512}
 MEASURED = 6
-
-
-def plausible(kernel: str, element_size: int, width: int) -> Iterator[Tile]:
-    """Block sizes worth a compile.
-
-    Args:
-        kernel: of `NAMES`.
-        element_size: bytes of an element.
-        width: the head dim rounded up to 16.
-    """
-    if element_size == 4:  # multiplied without tensor cores
-        sizes = [(16, 16, 4), (32, 16, 4), (32, 32, 4), (32, 32, 8), (64, 16, 8), (64, 32, 8)]
-        yield from (Tile(rows, columns, warps, 2) for rows, columns, warps in sizes)
-        return
-    for rows, warps in ((64, 4), (128, 8), (128, 4)):
-        if warps == 4 and rows == 128 and (kernel != "forward" or width > 64):
-            continue  # a thread of such a tile never has the registers
-        for columns in (16, 32, 64, 128):
-            if columns > rows or (kernel == "forward" and columns < 32):
-                continue
-            # Blocks that one thread holds in registers, in fp32; more leave no room for the rest.
-            sums = width * (2 if kernel == "dkv" else 1)
-            if rows * (sums + columns) // (32 * warps) <= 192:
-                yield from (Tile(rows, columns, warps, stages) for stages in (2, 3))
 
 
 def estimate(
@@ -93,7 +66,7 @@ def estimate(
     tensor = loop.cycles.get("tensor", 0.0)
     other = max(value for unit, value in loop.cycles.items() if unit != "tensor")
     read = trips * 2 * tile.columns * width * element_size / L2_BYTES
-    kflop = 2e-3 * KERNELS[NAMES[kernel]][1] * tile.rows * tile.columns * width * trips
+    kflop = 2e-3 * KERNELS[kernel][1] * tile.rows * tile.columns * width * trips
     clocks = max(tensor, other, read, (tensor + other) / streams)
     return float(f"{clocks / kflop:.3g}"), loop.non_tensor / kflop
 
@@ -106,13 +79,12 @@ def compiled(
     Without tensor cores a thread holds whole rows of its operands. Wide heads of fp32 always spill
     then; the estimate counts what that costs.
     """
-    name = NAMES[kernel]
     jobs = [
         Job(
             str(index),
             arch,
-            partial(launch, name, dtype, width, 128, tile, bias),
-            kernels=(KERNELS[name][0],),
+            partial(launch, kernel, dtype, width, 128, tile, bias),
+            kernels=(KERNELS[kernel][0],),
         )
         for index, tile in enumerate(tiles)
     ]
@@ -132,9 +104,8 @@ def choose(
         RuntimeError: no candidate compiles, fits and does not spill.
     """
     size = DTYPES[dtype].itemsize
-    reports = compiled(
-        arch, dtype, kernel, width, list(plausible(kernel, size, width)), False, workers
-    )
+    tiles = candidates(kernel, dtype, width, max(TILE_ROWS))
+    reports = compiled(arch, dtype, kernel, width, tiles, False, workers)
     scores = {tile: estimate(reports[tile], kernel, tile, size, width) for tile in reports}
     entries = []
     for tile_rows in TILE_ROWS:
@@ -147,7 +118,7 @@ def choose(
         if not held:
             raise RuntimeError(
                 f"{kernel}: no candidate for {arch}, {dtype}, head dim {width} and tiles of "
-                f"{tile_rows} rows compiles, fits and does not spill; add one to plausible()"
+                f"{tile_rows} rows compiles, fits and does not spill; add one to candidates()"
             )
         best = held[0]
         if measure:
@@ -168,7 +139,7 @@ def milliseconds(kernel: str, dtype: str, width: int, tile_rows: int, tile: Tile
     tiles = torch.tensor(work, dtype=torch.int32, device="cuda")
     inputs = (*qkv.unbind(1), None, tiles, tile_rows)
     scale = width**-0.5
-    if kernel == "forward":
+    if kernel == "fwd":
         return triton.testing.do_bench(
             lambda: attention.forward(*inputs, scale, tile=tile), return_mode="median"
         )
@@ -228,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--heads", metavar="A,B", default=",".join(map(str, HEAD_DIMS)), help="multiples of 16"
     )
-    parser.add_argument("--dtype", choices=[*DTYPES, "all"], default="all")
+    parser.add_argument("--dtype", choices=[*TUNED, "all"], default="all")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default 2)")
     parser.add_argument("--out", type=Path, default=TABLE, help="default: the library's own table")
     options = parser.parse_args(arguments)
@@ -243,11 +214,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         widths = [HEAD_DIMS[HEAD_DIMS.index(int(text))] for text in options.heads.split(",")]
     except ValueError:
         parser.error(f"--heads: choose from {HEAD_DIMS}, got {options.heads!r}")
-    dtypes = list(DTYPES) if options.dtype == "all" else [options.dtype]
+    dtypes = list(TUNED) if options.dtype == "all" else [options.dtype]
     for arch, dtype, width in product(archs, dtypes, widths):
         entries = [
             entry
-            for kernel in NAMES
+            for kernel in KERNELS
             for entry in choose(arch, dtype, kernel, width, options.jobs, options.measure)
         ]
         # Head dim by head dim, so that a long run may be stopped.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -55,9 +56,9 @@ def test_a_bias_costs_instructions() -> None:
 
 
 def test_candidates_suit_the_work_list() -> None:
-    for tile_rows in (64, 128):
-        tiles = candidates.candidates(tile_rows)
-        assert len(set(tiles)) == len(tiles) > 10
+    for kernel, dtype, tile_rows in product(candidates.KERNELS, ("bf16", "fp32"), (64, 128)):
+        tiles = candidates.candidates(kernel, dtype, 64, tile_rows)
+        assert len(set(tiles)) == len(tiles) >= 4
         assert {tile_rows % tile.rows for tile in tiles} == {0}
 
 
@@ -65,7 +66,7 @@ def test_a_sweep_ranks_its_candidates(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, tmp_path: Path
 ) -> None:
     tiles = [Tile(64, 32, 4, 2), Tile(64, 48, 4, 2), Tile(128, 64, 8, 3)]  # 48 is no power of two
-    monkeypatch.setattr(candidates, "candidates", lambda tile_rows: tiles)
+    monkeypatch.setattr(candidates, "candidates", lambda *_: tiles)
     file = tmp_path / "sweep.json"
     command = "attention --sweep --heads 64 --kernel fwd --arch sm_90,sm_80 --jobs 1 --json"
     assert main([*command.split(), str(file)]) == 0  # a candidate may fail
