@@ -282,7 +282,7 @@ def _dkv_step(
     grad_logits = weights * (dot_transposed(v, grad_tile, PRECISION) - delta_row[None, :])
     grad_k = dot_add(grad_logits, q_tile, grad_k, PRECISION)
     if BIAS_GRAD:
-        grad_bias += _partial_sums(grad_logits)
+        grad_bias += tl.sum(grad_logits, 1)
     return grad_k, grad_v, grad_bias
 
 
@@ -309,14 +309,12 @@ def dkv_kernel(
     grad_v += row * GRAD_STRIDE + wide_head * grad_head * 8
     k_sums = zero_pieces(ROWS, BOUNDS)
     v_sums = zero_pieces(ROWS, BOUNDS)
-    bias_sums = tl.zeros((ROWS, 8), tl.float32)
+    bias_sums = tl.zeros((ROWS,), tl.float32)
     if not is_segment:
         store_pieces(grad_k, limit, k_sums, GRAD_STRIDE, D, BOUNDS, ROWS)
         store_pieces(grad_v, limit, v_sums, GRAD_STRIDE, D, BOUNDS, ROWS)
         if BIAS_GRAD:
-            tl.store(
-                grad_bias + wide_head * T + row + rows, tl.sum(bias_sums, 1), mask=rows < limit
-            )
+            tl.store(grad_bias + wide_head * T + row + rows, bias_sums, mask=rows < limit)
         return
 
     segment = start.to(tl.int64)
@@ -355,7 +353,7 @@ def dkv_kernel(
     store_pieces(grad_k, limit, scaled(k_sums, scale), GRAD_STRIDE, D, BOUNDS, ROWS)
     store_pieces(grad_v, limit, v_sums, GRAD_STRIDE, D, BOUNDS, ROWS)
     if BIAS_GRAD:
-        tl.store(grad_bias + wide_head * T + row + rows, tl.sum(bias_sums, 1), mask=rows < limit)
+        tl.store(grad_bias + wide_head * T + row + rows, bias_sums, mask=rows < limit)
 
 
 # --- launchers ------------------------------------------------------------------------------------
