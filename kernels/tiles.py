@@ -82,7 +82,7 @@ def capability(index: int) -> int:
 def tile_for(kernel: str, x: Tensor, tile_rows: int) -> Tile:
     """The table's block sizes for a launch on tensors like ``x`` (T, H, D).
 
-    A generation that the table lacks takes the entries of the nearest older one that it has.
+    What the table lacks for a generation comes from the nearest older one that has it.
 
     Args:
         kernel: "fwd", "dq" or "dkv".
@@ -103,8 +103,9 @@ def _tile(kernel: str, arch: int, element_size: int, width: int, tile_rows: int)
             f"the Triton kernels need a GPU of compute capability {OLDEST_ARCH / 10} or later, "
             f"this one has {arch / 10}; use the backend 'torch'"
         )
-    nearest = max(known for known in table() if known <= arch)
-    return table()[nearest][kernel, element_size, width, tile_rows]
+    key = kernel, element_size, width, tile_rows
+    nearest = max(known for known, part in table().items() if known <= arch and key in part)
+    return table()[nearest][key]
 
 
 @functools.cache
