@@ -352,7 +352,7 @@ def _backward(
             grad_out, q, k, v, key_bias, segments, out, lse, scale, bias_grad, fused
         )
     q, k, v = map(_readable, (q, k, v))
-    grad_out = grad_out.contiguous()
+    grad_out = _readable(grad_out.contiguous())
     return kernel.backward(
         *(grad_out, q, k, v, key_bias, segments, tile_rows, out, lse, scale),
         bias_grad=bias_grad,
