@@ -82,7 +82,9 @@ def capability(index: int) -> int:
 def tile_for(kernel: str, x: Tensor, tile_rows: int) -> Tile:
     """The table's block sizes for a launch on tensors like ``x`` (T, H, D).
 
-    What the table lacks for a generation comes from the nearest older one that has it.
+    A head dim without an entry takes that of the next multiple of 16, to which it is padded. What
+    the table lacks for a generation comes from the nearest older one of its kind that has it:
+    12.x is of the kind of 8.x, without the matrix units and the shared memory of 9.x and 10.x.
 
     Args:
         kernel: "fwd", "dq" or "dkv".
@@ -92,25 +94,29 @@ def tile_for(kernel: str, x: Tensor, tile_rows: int) -> Tile:
     Raises:
         ValueError: a GPU older than every one in the table.
     """
-    width = -(-x.shape[2] // 16) * 16
-    return _tile(kernel, arch_of(x), x.element_size(), width, tile_rows)
+    return _tile(kernel, arch_of(x), x.element_size(), x.shape[2], tile_rows)
 
 
 @functools.cache
-def _tile(kernel: str, arch: int, element_size: int, width: int, tile_rows: int) -> Tile:
+def _tile(kernel: str, arch: int, element_size: int, head_dim: int, tile_rows: int) -> Tile:
     if arch < OLDEST_ARCH:
         raise ValueError(
             f"the Triton kernels need a GPU of compute capability {OLDEST_ARCH / 10} or later, "
             f"this one has {arch / 10}; use the backend 'torch'"
         )
-    key = kernel, element_size, width, tile_rows
-    nearest = max(known for known, part in table().items() if known <= arch and key in part)
-    return table()[nearest][key]
+    known = [entry for entry in table() if entry <= arch]
+    if arch // 10 == 12:
+        known = [entry for entry in known if entry // 10 in (8, 12)]
+    for entry in sorted(known, reverse=True):
+        for width in (head_dim, -(-head_dim // 16) * 16):
+            if tile := table()[entry].get((kernel, element_size, width, tile_rows)):
+                return tile
+    raise AssertionError("the oldest generation has every entry")
 
 
 @functools.cache
 def table() -> dict[int, dict[tuple[str, int, int, int], Tile]]:
-    """Tiles by generation and by (kernel, bytes of an element, padded head dim, tile_rows)."""
+    """Tiles by generation and by (kernel, bytes of an element, head dim, tile_rows)."""
     raw = json.loads(TABLE.read_text())
     result: dict[int, dict[tuple[str, int, int, int], Tile]] = {}
     for arch, part in raw.items():

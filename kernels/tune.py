@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import astuple
-from functools import partial
+from functools import cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from fastagglo.kernels.chips import CHIPS, SUB_PARTITIONS
 from fastagglo.kernels.sweep import Job, run_jobs
 from fastagglo.kernels.tiles import TABLE, Tile
 
-HEAD_DIMS = tuple(range(16, 129, 16))
+HEAD_DIMS = tuple(range(16, 129, 8))
 TILE_ROWS = (64, 128)
 TUNED = ("bf16", "fp32")
 
@@ -45,15 +45,18 @@ L2_BYTES = 32
 LENGTHS = {128: (196,) * 32 + (576,) * 16 + (1024,) * 8 + (4096,) * 2, 64: (64,) * 512}
 MEASURED = 6
 
+# Bytes of stack that a bias may cost a thread: a tile is chosen for calls without one.
+BIAS_STACK = 16
+
 
 def estimate(
-    report: Report, kernel: str, tile: Tile, element_size: int, width: int
+    report: Report, kernel: str, tile: Tile, element_size: int, head_dim: int
 ) -> tuple[float, float]:
     """Clocks of an SM per useful kFLOP of the main loop: a model, to rank what was never run.
 
     The busiest unit decides, as in `analysis`, with two more limits. A stream, which is a warp in
     each of the four sub-partitions, does its products and its other work in turns: n streams take
-    at least an n-th of the sum. And every trip reads two blocks (columns, width) from the L2 cache.
+    at least an n-th of the sum. And a trip reads two blocks (columns, head dim) from the L2 cache.
 
     Returns:
         The clocks to three digits and, for ties, the instructions other than products per kFLOP.
@@ -65,25 +68,31 @@ def estimate(
     streams = report.occupancy.ctas * report.num_warps / SUB_PARTITIONS
     tensor = loop.cycles.get("tensor", 0.0)
     other = max(value for unit, value in loop.cycles.items() if unit != "tensor")
-    read = trips * 2 * tile.columns * width * element_size / L2_BYTES
-    kflop = 2e-3 * KERNELS[kernel][1] * tile.rows * tile.columns * width * trips
+    read = trips * 2 * tile.columns * head_dim * element_size / L2_BYTES
+    kflop = 2e-3 * KERNELS[kernel][1] * tile.rows * tile.columns * head_dim * trips
     clocks = max(tensor, other, read, (tensor + other) / streams)
     return float(f"{clocks / kflop:.3g}"), loop.non_tensor / kflop
 
 
 def compiled(
-    arch: str, dtype: str, kernel: str, width: int, tiles: Sequence[Tile], bias: bool, workers: int
+    arch: str,
+    dtype: str,
+    kernel: str,
+    head_dim: int,
+    tiles: Sequence[Tile],
+    bias: bool,
+    workers: int,
 ) -> dict[Tile, Report]:
     """What became of those tiles that compile, fit the chip and do not spill.
 
-    Without tensor cores a thread holds whole rows of its operands. Wide heads of fp32 always spill
-    then; the estimate counts what that costs.
+    With a bias, `BIAS_STACK` is granted. Without tensor cores a thread holds whole rows of its
+    operands: wide heads of fp32 always spill, and the estimate counts what that costs.
     """
     jobs = [
         Job(
             str(index),
             arch,
-            partial(launch, kernel, dtype, width, 128, tile, bias),
+            partial(launch, kernel, dtype, head_dim, 128, tile, bias),
             kernels=(KERNELS[kernel][0],),
         )
         for index, tile in enumerate(tiles)
@@ -91,12 +100,14 @@ def compiled(
     return {
         tiles[int(row.label)]: row.report
         for row in run_jobs(jobs, workers)
-        if row.report and row.report.fits and (dtype == "fp32" or not row.report.spills)
+        if row.report
+        and row.report.fits
+        and (dtype == "fp32" or row.report.stack <= (BIAS_STACK if bias else 0))
     }
 
 
 def choose(
-    arch: str, dtype: str, kernel: str, width: int, workers: int, measure: bool
+    arch: str, dtype: str, kernel: str, head_dim: int, workers: int, measure: bool
 ) -> list[list[Any]]:
     """The table's entries for one kernel and head dim, for each height of the work list's tiles.
 
@@ -104,41 +115,45 @@ def choose(
         RuntimeError: no candidate compiles, fits and does not spill.
     """
     size = DTYPES[dtype].itemsize
-    tiles = candidates(kernel, dtype, width, max(TILE_ROWS))
-    reports = compiled(arch, dtype, kernel, width, tiles, False, workers)
-    scores = {tile: estimate(reports[tile], kernel, tile, size, width) for tile in reports}
+    tiles = candidates(kernel, dtype, head_dim, max(TILE_ROWS))
+    reports = compiled(arch, dtype, kernel, head_dim, tiles, False, workers)
+    scores = {tile: estimate(reports[tile], kernel, tile, size, head_dim) for tile in reports}
+
+    @cache
+    def holds(tile: Tile) -> bool:
+        return bool(compiled(arch, dtype, kernel, head_dim, [tile], True, 1))
+
     entries = []
     for tile_rows in TILE_ROWS:
         wanted = MEASURED if measure else 1
         held: list[Tile] = []
         for tile in sorted(scores, key=lambda tile: scores[tile]):
-            # The bias takes registers: one tile serves both.
-            if tile.rows <= tile_rows and len(held) < wanted:
-                held += compiled(arch, dtype, kernel, width, [tile], True, 1)
+            if tile.rows <= tile_rows and len(held) < wanted and holds(tile):
+                held.append(tile)
         if not held:
             raise RuntimeError(
-                f"{kernel}: no candidate for {arch}, {dtype}, head dim {width} and tiles of "
+                f"{kernel}: no candidate for {arch}, {dtype}, head dim {head_dim} and tiles of "
                 f"{tile_rows} rows compiles, fits and does not spill; add one to candidates()"
             )
         best = held[0]
         if measure:
-            best = min(held, key=partial(milliseconds, kernel, dtype, width, tile_rows))
-        entries.append([kernel, size, width, tile_rows, *astuple(best)])
+            best = min(held, key=partial(milliseconds, kernel, dtype, head_dim, tile_rows))
+        entries.append([kernel, size, head_dim, tile_rows, *astuple(best)])
     return entries
 
 
-def milliseconds(kernel: str, dtype: str, width: int, tile_rows: int, tile: Tile) -> float:
+def milliseconds(kernel: str, dtype: str, head_dim: int, tile_rows: int, tile: Tile) -> float:
     """Median time of a pass on the current CUDA device; a backward pass has both of its kernels."""
     lengths = sorted(LENGTHS[tile_rows], reverse=True)
     rows, heads = sum(lengths), 16
-    qkv = torch.randn(rows, 3, heads, width, dtype=DTYPES[dtype], device="cuda")
+    qkv = torch.randn(rows, 3, heads, head_dim, dtype=DTYPES[dtype], device="cuda")
     work, start = [], 0
     for segment, length in enumerate(lengths):
         work += [(start, length, first, segment) for first in range(0, length, tile_rows)]
         start += length
     tiles = torch.tensor(work, dtype=torch.int32, device="cuda")
     inputs = (*qkv.unbind(1), None, tiles, tile_rows)
-    scale = width**-0.5
+    scale = head_dim**-0.5
     if kernel == "fwd":
         return triton.testing.do_bench(
             lambda: attention.forward(*inputs, scale, tile=tile), return_mode="median"
@@ -197,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arch", metavar="A,B", help=f"of {', '.join(CHIPS)}; default: all")
     parser.add_argument("--measure", action="store_true", help="time them on the CUDA device here")
     parser.add_argument(
-        "--heads", metavar="A,B", default=",".join(map(str, HEAD_DIMS)), help="multiples of 16"
+        "--heads", metavar="A,B", default=",".join(map(str, HEAD_DIMS)), help="of 16, 24, ..., 128"
     )
     parser.add_argument("--dtype", choices=[*TUNED, "all"], default="all")
     parser.add_argument("--jobs", type=int, default=2, help="processes that compile (default 2)")
@@ -211,19 +226,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := [arch for arch in archs if arch not in CHIPS]:
         parser.error(f"--arch: {unknown[0]!r} is not known; choose from {', '.join(CHIPS)}")
     try:
-        widths = [HEAD_DIMS[HEAD_DIMS.index(int(text))] for text in options.heads.split(",")]
+        head_dims = [HEAD_DIMS[HEAD_DIMS.index(int(text))] for text in options.heads.split(",")]
     except ValueError:
         parser.error(f"--heads: choose from {HEAD_DIMS}, got {options.heads!r}")
     dtypes = list(TUNED) if options.dtype == "all" else [options.dtype]
-    for arch, dtype, width in product(archs, dtypes, widths):
+    for arch, dtype, head_dim in product(archs, dtypes, head_dims):
         entries = [
             entry
             for kernel in KERNELS
-            for entry in choose(arch, dtype, kernel, width, options.jobs, options.measure)
+            for entry in choose(arch, dtype, kernel, head_dim, options.jobs, options.measure)
         ]
         # Head dim by head dim, so that a long run may be stopped.
         write(arch, entries, source(options.measure), options.out)
-        print(f"{arch} {dtype} {width}: {entries}", flush=True)
+        print(f"{arch} {dtype} {head_dim}: {entries}", flush=True)
     return 0
 
 
