@@ -12,12 +12,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import triton
 
 ROOT = Path(__file__).parents[2]
 MODULES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
 
 
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(map(int, text.split(".")[:2]))
+
+
+@pytest.mark.skipif(
+    _version(triton.__version__) < (3, 7) and _version(np.__version__) >= (2, 4),
+    reason="this Triton's interpreter turns arrays of one element into numbers; this numpy does not",
+)
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
 def test_in_the_interpreter(module: Path) -> None:
     environment = {
