@@ -26,7 +26,7 @@ def _version(text: str) -> tuple[int, ...]:
 
 @pytest.mark.skipif(
     _version(triton.__version__) < (3, 7) and _version(np.__version__) >= (2, 4),
-    reason="this Triton's interpreter turns arrays of one element into numbers; this numpy does not",
+    reason="this Triton's interpreter takes arrays for numbers, which this numpy does not allow",
 )
 @pytest.mark.parametrize("module", MODULES, ids=lambda path: path.stem)
 def test_in_the_interpreter(module: Path) -> None:
