@@ -80,6 +80,18 @@ def test_tiles_of_the_table(arch, head_dim, kernel):
 
 
 @pytest.mark.parametrize("kernel", list(KERNELS))
+@pytest.mark.parametrize("head_dim", [72, 80, 128])
+@pytest.mark.parametrize("arch", ["sm_86", "sm_89", "sm_120"])
+def test_small_shared_memory_suffices(arch, head_dim, kernel):
+    """99 KiB: some of these generations have no entries of their own."""
+    report = report_of(arch, kernel, head_dim, bias=True)
+    assert report.shared_limit == 99 * 1024
+    assert report.fits
+    assert report.main is not None
+    assert report.main.tensor_instructions
+
+
+@pytest.mark.parametrize("kernel", list(KERNELS))
 @pytest.mark.parametrize("head_dim", [72, 128])
 def test_a_bias_spills_nothing(head_dim, kernel):
     assert_good(report_of("sm_90", kernel, head_dim, bias=True))
