@@ -34,7 +34,12 @@ LENGTHS = [0, 1, 2, 15, 16, 17, 31, 33, 40, 66]
     max_examples=14 if DEVICE == "cpu" else 100, deadline=None, derandomize=True, phases=PHASES
 )
 def test_random_mixes(data):
-    lengths = data.draw(st.lists(st.sampled_from(LENGTHS), max_size=3), "lengths")
+    if data.draw(st.booleans(), "windows"):
+        grid = data.draw(st.tuples(st.integers(2, 7), st.integers(2, 7)), "grid")
+        whole = PackedLayout.from_lengths([grid[0] * grid[1]])
+        lengths = whole.windowed([grid], data.draw(st.integers(3, 5), "window")).layout.lengths
+    else:
+        lengths = data.draw(st.lists(st.sampled_from(LENGTHS), max_size=3), "lengths")
     extra = data.draw(st.sampled_from([None, 0, 2]), "extra segments")
     case = make_case(
         lengths,
@@ -47,6 +52,12 @@ def test_random_mixes(data):
         max_segments=None if extra is None else len(lengths) + extra,
         seed=data.draw(st.integers(0, 2**30), "seed"),
     )
+    strides = data.draw(st.sampled_from(["own", "fused", "head-major"]), "strides")
+    qkv = torch.stack([case.q, case.k, case.v], 1)  # (T, 3, H, D)
+    if strides == "head-major":
+        qkv = qkv.permute(2, 1, 0, 3).contiguous().permute(2, 1, 0, 3)
+    if strides != "own":
+        case = replace(case, **dict(zip("qkv", qkv.unbind(1), strict=True)))
     fused = data.draw(st.booleans(), "fused")
     bias_grad = data.draw(st.booleans(), "bias_grad")
     tiles = data.draw(st.tuples(TILES, TILES, TILES), "tiles")
