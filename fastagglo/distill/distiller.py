@@ -2,10 +2,11 @@
 
 The road of a step: the student's heads predict each teacher's *normalised* features
 ``R (y - mean) / scale`` (PHI-S, arXiv 2410.01680). Where the loss does not see rotations (mse,
-cosine) the rotation is folded into the head's last weight, so no target is ever multiplied by a
-C x C matrix. Statistics are fitted while training goes on; whenever they are refreshed, each
-head's last layer is rewritten so that what it says about the teacher's own features stays exactly
-the same: the targets of the loss move, the student does not jump.
+cosine, angular) the rotation is folded into the head's last weight, so no target is ever multiplied
+by a C x C matrix; smooth L1, and what contains it, sees them and pays for that product. Statistics
+are fitted while training goes on; whenever they are refreshed, each head's last layer is rewritten
+so that what it says about the teacher's own features stays exactly the same: the targets of the
+loss move, the student does not jump.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from fastagglo.model import AdaptorMLP, PackedBatch, Student, StudentOutput
 from fastagglo.ops import Affine, LossTerm, multi_teacher_loss, term_image_weights
 
 # Losses that give the same number when prediction and target are rotated together.
-ROTATION_FREE = ("mse", "cosine")
+ROTATION_FREE = ("mse", "cosine", "angular")
 
 
 @dataclass(frozen=True)
@@ -196,11 +197,10 @@ class Distiller(nn.Module):
             affine = merged.affine
             rotation = None
             if settle:
-                merged.finish()
-                rotation = merged.rotation
-                if dist.is_initialized() and rotation is not None:
-                    # Eigenvectors of one matrix may differ between machines: one rank decides.
-                    dist.broadcast(rotation, 0)
+                merged.finish(src=0)
+                if merged.rotation is not None:
+                    # In the precision of the basis, fp64 in a distiller that is.
+                    rotation = merged.final_rotation.to(basis.rotation.dtype)
             for student in (self.student, average) if average is not None else (self.student,):
                 head = student.heads.spatial[name]
                 if basis.ready:

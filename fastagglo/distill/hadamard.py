@@ -33,7 +33,7 @@ def hadamard(n: int) -> Tensor:
 
     The same matrix on every call and machine: the Kronecker product of as few building blocks
     (see :func:`hadamard_order_exists`) as possible, and of those the one with the largest power of
-    two. Examples: 1024 Sylvester; 384 and 1152 Paley I; 36 Paley II; 768 = 64 x 12; 1280 = 64 x 20;
+    two. Examples: 1024 Sylvester; 384, 1152 and 1280 Paley I; 36 Paley II; 768 = 64 x 12;
     1408 = 32 x 44.
 
     Raises:

@@ -41,7 +41,7 @@ class PhiS(PreciseBuffers):
     stay float64 under ``.to(dtype)``.
 
     Typical use: ``update`` on the features of the first few thousand steps, ``all_reduce`` once,
-    ``finish``, ``broadcast``. ``affine`` serves the loss meanwhile.
+    ``finish(src=0)``. ``affine`` serves the loss meanwhile.
 
     Args:
         channels: C, 1 to a few thousand; memory is three C x C matrices, 20 bytes an entry in all.
@@ -227,7 +227,7 @@ class PhiS(PreciseBuffers):
         self._refresh()
 
     @torch.no_grad()
-    def finish(self) -> PhiS:
+    def finish(self, src: int | None = None, group: dist.ProcessGroup | None = None) -> PhiS:
         """Freezes the statistics and, for PHI-S, computes the rotation; returns itself.
 
         The eigenvectors (float64, on the CPU) are ordered by falling eigenvalue, and each has the
@@ -236,18 +236,27 @@ class PhiS(PreciseBuffers):
         channels are fine. Seconds for a thousand channels, about a minute for 4096. Again: does
         nothing.
 
+        Args:
+            src: None, or the global rank that decomposes for all: a collective call, right after
+                :meth:`all_reduce`, that leaves every rank with the state of that one. (The others
+                would spend the same minute on eigenvectors that may differ in the last bit.)
+                Without an initialised process group it does not matter.
+            group: the ranks that take part; None: all.
+
         Raises:
             ValueError: fewer than two rows were seen, or all rows are equal.
         """
         if self.finished:
             return self
+        # What is refused is refused on every rank, so that none waits for one that has raised.
         self._check_seen()
         if not bool(self.running_moment.diagonal().sum() > 0):
             raise ValueError(
                 f"all {self._rows} rows of features are equal, so there is no variance to "
                 "normalise; check the teacher that made them"
             )
-        if self.kind == "phi-s":
+        together = src is not None and dist.is_available() and dist.is_initialized()
+        if self.kind == "phi-s" and (not together or dist.get_rank() == src):
             covariance = self.running_moment.cpu() / (self._rows - 1)
             eigenvalues, axes = torch.linalg.eigh((covariance + covariance.T) / 2)
             eigenvalues, axes = eigenvalues.flip(0).clamp(min=0), axes.flip(1)
@@ -256,6 +265,8 @@ class PhiS(PreciseBuffers):
             axes = axes * axes.gather(0, first_largest[None]).sign()
             self.final_rotation.copy_(mixing_rotation(self.channels, eigenvalues) @ axes.T)
         self.final.fill_(True)
+        if together:
+            self.broadcast(src, group)
         self._refresh()
         return self
 

@@ -10,8 +10,17 @@ MISSING = {
     *(52, 92, 100, 116, 156, 172, 184, 188, 232, 236, 244, 260, 268, 292),
     *(324, 340, 344, 356, 372, 376, 404, 412, 428, 436, 452, 472, 476, 508),
 }
-WIDTHS = [640, 768, 832, 896, 1024, 1152, 1280, 1408, 1440, 1536, 1664, 1792]
-WIDE = [2048, 2304, 2560, 3072, 3200, 3584, 4096]
+# Real teachers' widths and what each is made of: vision transformers from tiny to DINOv3-7B (4096)
+# and InternViT-6B (3200), convolutional networks, SAM's neck (256), oriented gradients (36).
+# One number: Sylvester (a power of two) or Paley; several: their Kronecker product.
+WIDTHS = {
+    **{36: (36,), 40: (2, 20), 96: (8, 12), 112: (4, 28), 120: (2, 60), 192: (192,), 256: (256,)},
+    **{320: (16, 20), 384: (384,), 448: (16, 28), 512: (512,), 576: (16, 36), 640: (32, 20)},
+    **{768: (64, 12), 832: (8, 104), 896: (32, 28), 960: (16, 60), 1024: (1024,), 1088: (1088,)},
+    **{1152: (1152,), 1280: (1280,), 1408: (32, 44), 1440: (1440,), 1536: (128, 12)},
+    **{1664: (1664,), 1792: (64, 28), 2048: (2048,), 2304: (64, 36), 2560: (128, 20)},
+    **{3072: (256, 12), 3200: (16, 200), 3584: (3584,), 3712: (8, 464), 4096: (4096,)},
+}
 
 
 def test_orders_that_exist() -> None:
@@ -29,16 +38,28 @@ def test_all_orders_to_512() -> None:
             assert torch.equal(h @ h.T, n * torch.eye(n).double()), n
 
 
-@pytest.mark.parametrize("n", WIDTHS + WIDE)
-def test_widths_of_real_models(n: int) -> None:
+@pytest.mark.parametrize("n", WIDTHS)
+def test_widths_of_real_teachers(n: int) -> None:
+    assert hadamard_order_exists(n)
     h = hadamard(n)
     assert h.shape == (n, n)
-    assert torch.equal(h.abs().amin(), h.abs().amax())
-    rows = torch.randperm(n, generator=torch.Generator().manual_seed(n))[:64]
+    assert torch.equal(h.abs(), torch.ones(n, n).double())
+    # All of H H^T up to 1024 channels, 64 of its rows beyond; whole numbers, so exact.
+    rows = torch.randperm(n, generator=torch.Generator().manual_seed(n))[: n if n <= 1024 else 64]
     gram = h[rows] @ h.T
-    expected = torch.zeros(64, n).double()
-    expected[torch.arange(64), rows] = n
+    expected = torch.zeros(len(rows), n).double()
+    expected[torch.arange(len(rows)), rows] = n
     assert torch.equal(gram, expected)
+    # It is this matrix that the channels are mixed with.
+    assert torch.equal(mixing_rotation(n), h / n**0.5)
+
+
+@pytest.mark.parametrize("n", WIDTHS)
+def test_constructions(n: int) -> None:
+    product = torch.ones(1, 1).double()
+    for factor in WIDTHS[n]:
+        product = torch.kron(product, hadamard(factor))
+    assert torch.equal(hadamard(n), product)
 
 
 def test_same_matrix_every_time() -> None:
