@@ -88,6 +88,9 @@ class Balancer(PreciseBuffers):
 class FixedWeights(Balancer):
     """``total = sum_t w_t L_t`` with constant ``w_t``.
 
+    On targets that PHI-S has normalised, equal weights are RADIOv2.5's choice (arXiv 2412.07679);
+    on raw ones the teacher with the largest features rules.
+
     Args:
         names: the teachers.
         weights: finite, non-negative weights by name; teachers that it leaves out weigh 1.

@@ -24,6 +24,8 @@ _CHUNK_ELEMENTS = 1 << 22
 class PhiS(PreciseBuffers):
     """Streaming statistics of features, and the invertible map that normalises them.
 
+    "Distribution Balancing for Label-Free Multi-Teacher Distillation" (arXiv 2410.01680).
+
     With the mean ``mu`` and the covariance ``Sigma = U diag(lambda) U^T`` (divisor n - 1) of the
     rows seen, one of (``kind``):
 
