@@ -6,6 +6,7 @@ losses of a block of tokens, the loop over blocks, and the two operators with th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ COSINE_SHARE = 0.9  # of cosine_smooth_l1, the rest is smooth L1: AM-RADIO, arXi
 EPS = 1e-8  # a shorter vector has no direction; the eps of F.cosine_similarity
 COSINE_LIMIT = 1 - 1e-6  # of "angular": the slope of arccos has no bound at +-1
 SNAP = 1e-6  # cells: a sample this close to a cell centre is that cell, whatever rounding says
-BLOCK = 1 << 18  # elements, 1 MiB in fp32: about one core's L2; times are flat from 1/4 to 4 times
+BLOCK = 1 << 19  # elements, 2 MiB in fp32: long enough to be worth waking a second thread
 
 
 # Geometry: which cells of the target a comparison cell reads, and whether it is compared
@@ -30,6 +31,11 @@ class _Taps(NamedTuple):
     high: Tensor  # equal to low where its weight is zero: a masked neighbour is never touched
     weight: Tensor
     inside: Tensor
+    whole: bool = False  # known to be without weights, which spares reading high
+
+    def looked_at(self) -> _Taps:
+        """Sets ``whole``, if no device must be waited for."""
+        return self._replace(whole=self.weight.device.type == "cpu" and not self.weight.any())
 
 
 def grid_of(shape: Sequence[int]) -> tuple[int, int]:
@@ -104,40 +110,76 @@ def valid_cells(
 # The loss of a block of tokens
 
 
-def _token_losses(
-    kind: str, beta: float, x: Tensor, t: Tensor, loss: Tensor, out: Tensor | None
-) -> None:
-    """Write the losses (T,) of predictions x and targets t, (T, C), and the gradients of x.
+class _Scratch:
+    """Memory that one block after another uses.
 
-    x and t are only read. All but out (or None, if no gradient is wanted) share one dtype.
+    An allocation for each block costs more than its arithmetic: malloc gives large ones back to the
+    system at once, and the page faults come anew.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self._like = like
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """An uninitialised tensor; the next one of this name and dtype overwrites it."""
+        size = math.prod(shape)
+        kept = self._kept.get((name, dtype))
+        if kept is None or kept.numel() < size:
+            kept = self._kept[name, dtype] = self._like.new_empty(size, dtype=dtype)
+        return kept[:size].view(shape)
+
+
+def _token_losses(
+    kind: str,
+    beta: float,
+    x: Tensor,
+    t: Tensor,
+    scale: Tensor | None,
+    loss: Tensor,
+    out: Tensor | None,
+    scratch: _Scratch,
+) -> None:
+    """Write the losses (T,) of predictions x and targets t * scale, (T, C), and x's gradients.
+
+    x is only read, and so is t if scale is None; else t is overwritten. All but out (or None, if no
+    gradient is wanted) share one dtype.
     """
     channels = x.shape[1]
+    work = scratch("work", x.shape, x.dtype)
     if kind == "mse":
-        difference = x - t
-        torch.linalg.vector_norm(difference, dim=1, out=loss)
+        if scale is None:
+            torch.sub(x, t, out=work)
+        else:
+            torch.addcmul(x, t, scale, value=-1, out=work)
+        torch.linalg.vector_norm(work, dim=1, out=loss)
         loss.square_().div_(channels)
         if out is not None:
-            torch.mul(difference, 2 / channels, out=out)
+            _into(out, torch.mul, work, 2 / channels, work=work)
         return
+    if scale is not None:
+        t.mul_(scale)
     slope = None  # of smooth L1 in each channel
     if kind in ("smooth_l1", "cosine_smooth_l1"):
-        difference = x - t
+        slope = scratch("slope", x.shape, x.dtype)
+        torch.sub(x, t, out=work)
         if beta == 0:
-            slope = difference.sign()
-            loss.copy_(difference.abs_().mean(1))
+            torch.sign(work, out=slope)
+            torch.mean(work.abs_(), 1, out=loss)
         else:
             # With c = clamp(d, -beta, beta) both branches are c (d - c / 2) / beta.
-            clamped = difference.clamp(-beta, beta)
-            loss.copy_(difference.sub_(clamped, alpha=0.5).mul_(clamped).mean(1)).div_(beta)
-            slope = clamped.div_(beta)
+            torch.clamp(work, -beta, beta, out=slope)
+            torch.mean(work.sub_(slope, alpha=0.5).mul_(slope), 1, out=loss)
+            loss.div_(beta)
+            slope.div_(beta)
         if kind == "smooth_l1":
             if out is not None:
-                torch.mul(slope, 1 / channels, out=out)
+                _into(out, torch.mul, slope, 1 / channels, work=work)
             return
     norm_x, norm_t = (torch.linalg.vector_norm(v, dim=1) for v in (x, t))
     no_direction = (norm_x <= EPS) | (norm_t <= EPS)
     scale_x, scale_t = norm_x.reciprocal_(), norm_t.reciprocal_()
-    cosine = (x * t).sum(1).mul_(scale_x).mul_(scale_t)
+    cosine = torch.mul(x, t, out=work).sum(1).mul_(scale_x).mul_(scale_t)
     cosine.masked_fill_(no_direction, 0).clamp_(-1, 1)
     if kind == "cosine":
         torch.sub(1, cosine, out=loss)
@@ -157,10 +199,23 @@ def _token_losses(
     of_t = d_cosine.mul_(scale_x)
     of_x = (of_t * cosine).mul_(scale_x).neg_().masked_fill_(no_direction, 0)
     of_t.mul_(scale_t).masked_fill_(no_direction, 0)
-    result = (x * of_x[:, None]).addcmul_(t, of_t[:, None])
-    if slope is not None:
-        result.add_(slope, alpha=(1 - COSINE_SHARE) / channels)
-    out.copy_(result)
+    torch.mul(x, of_x[:, None], out=work)
+    if slope is None:
+        _into(out, torch.addcmul, work, t, of_t[:, None], work=work)
+    else:
+        work.addcmul_(t, of_t[:, None])
+        _into(out, torch.add, work, slope, work=work, alpha=(1 - COSINE_SHARE) / channels)
+
+
+def _into(out: Tensor, op: Any, *operands: Any, work: Tensor, **more: Any) -> None:
+    """out = op(...), by way of work (which may be an operand) if out has another dtype.
+
+    PyTorch itself would do that with an allocation.
+    """
+    if out.dtype == work.dtype:
+        op(*operands, out=out, **more)
+    else:
+        out.copy_(op(*operands, out=work, **more))
 
 
 # The loop over blocks
@@ -179,35 +234,66 @@ def _blocks(
 
 
 def _read(
-    features: Tensor, taps: list[_Taps] | None, images: slice, rows: slice, dtype: torch.dtype
+    name: str,
+    features: Tensor,
+    taps: list[_Taps] | None,
+    images: slice,
+    rows: slice,
+    dtype: torch.dtype,
+    scratch: _Scratch,
 ) -> Tensor:
-    """Comparison cells (n, rows, columns, C) of a block, resampled."""
+    """Comparison cells (n, rows, columns, C) of a block, resampled.
+
+    In the scratch memory ``name``, unless the features themselves are what is asked for.
+    """
     features = features[images]
     if taps is None:
-        return features[:, rows].to(dtype)
+        return _as(name, features[:, rows], dtype, scratch)
     for dim, tap in ((1, taps[0]), (2, taps[1])):
         # A shift of its own for each image comes with blocks of one image.
-        low, high, weight = (v[images.start if len(v) > 1 else 0] for v in tap[:3])
-        if dim == 1:
-            low, high, weight = low[rows], high[rows], weight[rows]
-        weight = weight.to(dtype).reshape(-1, *[1] * (3 - dim))
-        first, second = (features.index_select(dim, i).to(dtype) for i in (low, high))
-        features = torch.lerp(first, second, weight)
+        image = images.start if len(tap.low) > 1 else 0
+        part = rows if dim == 1 else slice(None)
+        ends = []
+        for place, index in ((name, tap.low), (f"{name} high", None if tap.whole else tap.high)):
+            if index is None:
+                continue
+            place, index = place + " rows" * (dim == 1), index[image, part]
+            shape = [*features.shape[:dim], len(index), *features.shape[dim + 1 :]]
+            cells = scratch(place, shape, features.dtype)
+            torch.index_select(features, dim, index, out=cells)
+            ends.append(_as(place, cells, dtype, scratch))
+        if not tap.whole:
+            weight = tap.weight[image, part].to(dtype).reshape(-1, *[1] * (3 - dim))
+            torch.lerp(*ends, weight, out=ends[0])
+        features = ends[0]
     return features
 
 
-def _scatter(gradient: Tensor, taps: list[_Taps], rows: slice, out: Tensor) -> None:
+def _as(name: str, features: Tensor, dtype: torch.dtype, scratch: _Scratch) -> Tensor:
+    """Features in a dtype: themselves, or a copy in scratch memory."""
+    if features.dtype == dtype:
+        return features
+    return scratch(name, features.shape, dtype).copy_(features)
+
+
+def _scatter(
+    gradient: Tensor, taps: list[_Taps], rows: slice, out: Tensor, scratch: _Scratch
+) -> None:
     """Add the gradient (n, rows, columns, C) of what :func:`_read` read to out (n, h, w, C)."""
     by_row, by_column = taps
-    narrow = gradient.new_zeros(*gradient.shape[:2], out.shape[2], gradient.shape[3])
+    shape = (*gradient.shape[:2], out.shape[2], gradient.shape[3])
+    narrow = scratch("narrow", shape, gradient.dtype).zero_()
     for into, source, dim, tap, part in (
         (narrow, gradient, 2, by_column, slice(None)),
         (out, narrow, 1, by_row, rows),
     ):
-        low, high, weight = (v[0, part] for v in tap[:3])
-        weight = weight.to(gradient.dtype).reshape(-1, *[1] * (3 - dim))
-        into.index_add_(dim, low, source * (1 - weight))
-        into.index_add_(dim, high, source * weight)
+        if tap.whole:
+            into.index_add_(dim, tap.low[0, part], source)
+            continue
+        weight = tap.weight[0, part].to(gradient.dtype).reshape(-1, *[1] * (3 - dim))
+        share = scratch("share", source.shape, source.dtype)
+        into.index_add_(dim, tap.low[0, part], torch.mul(source, 1 - weight, out=share))
+        into.index_add_(dim, tap.high[0, part], torch.mul(source, weight, out=share))
 
 
 def _term_loss(
@@ -232,40 +318,48 @@ def _term_loss(
     grid, source, other = (height, width), grid_of(prediction.shape), grid_of(target.shape)
     cells = valid_cells(valid, shift, source, other, grid)
     outside = None if cells is None else ~cells.expand(images, *grid)
-    taps_t = _target_taps(shift, source, other, grid, target.device)
-    taps_x = _target_taps(None, source, source, grid, target.device)
-
+    taps_t, taps_x = (
+        taps and [tap.looked_at() for tap in taps]
+        for taps in (
+            _target_taps(shift, source, other, grid, target.device),
+            _target_taps(None, source, source, grid, target.device),
+        )
+    )
     loss = prediction.new_empty(images, *grid, dtype=dtype)
     gradient = _kept_gradient(prediction, with_gradient)
     together = shift is None or len(shift) == 1
+    scratch = _Scratch(loss)
     for part, rows in _blocks(images, *grid, channels, together):
-        x = _read(prediction, taps_x, part, rows, dtype)
-        t = _read(target, taps_t, part, rows, dtype)
+        x = _read("x", prediction, taps_x, part, rows, dtype, scratch)
+        t = _read("t", target, taps_t, part, rows, dtype, scratch)
         if mean is not None:
-            t = t - mean
+            t = torch.sub(t, mean, out=scratch("t", t.shape, dtype))
             if rotation is not None:
                 with torch.autocast(t.device.type, enabled=False):
-                    t = t @ rotation.T
-            t.mul_(scale)
+                    t = torch.matmul(t, rotation.T, out=scratch("rotated", t.shape, dtype))
         block = None
         if with_gradient:
-            block = gradient[part, rows] if taps_x is None else torch.empty_like(x)
+            block = gradient[part, rows]
+            if taps_x is not None:
+                block = scratch("gradient", x.shape, dtype)
         _token_losses(
             kind,
             beta,
             x.reshape(-1, channels),
             t.reshape(-1, channels),
+            scale,
             loss[part, rows].view(-1),
             None if block is None else block.view(-1, channels),
+            scratch,
         )
         if block is None:
             continue
         if outside is not None:
-            block.masked_fill_(outside[part, rows, :, None], 0)
+            _clear(block, outside[part, rows])
         if taps_x is not None:
             if rows.start == 0:
                 total = torch.zeros_like(gradient[part], dtype=dtype)
-            _scatter(block, taps_x, rows, total)
+            _scatter(block, taps_x, rows, total, scratch)
             if rows.stop == height:
                 gradient[part] = total
     if outside is None:
@@ -274,6 +368,14 @@ def _term_loss(
         loss.masked_fill_(outside, 0)
         count = (~outside).sum((1, 2)).to(dtype)
     return loss.sum((1, 2)) / count.clamp(min=1), count, gradient
+
+
+def _clear(block: Tensor, cells: Tensor) -> None:
+    """Set cells of (n, rows, columns, C) to zero, whatever they hold."""
+    if block.device.type == "cpu":  # takes time for these cells alone; elsewhere it would wait
+        block.view(-1, block.shape[3]).index_fill_(0, cells.flatten().nonzero()[:, 0], 0)
+    else:
+        block.masked_fill_(cells[..., None], 0)
 
 
 def _kept_gradient(prediction: Tensor, with_gradient: bool) -> Tensor:
@@ -293,8 +395,11 @@ def _scale_gradient(gradient: Tensor, upstream: Tensor, count: Tensor, out: Tens
     factor = (upstream / count.clamp(min=1))[:, None, None, None]
     if factor.dtype == out.dtype:
         return torch.mul(gradient, factor, out=out)
+    scratch = _Scratch(factor)
     for part, rows in _blocks(*gradient.shape, together=True):
-        out[part, rows] = gradient[part, rows] * factor[part]
+        block = _as("block", gradient[part, rows], factor.dtype, scratch)
+        work = scratch("block", block.shape, factor.dtype)
+        _into(out[part, rows], torch.mul, block, factor[part], work=work)
     return out
 
 
