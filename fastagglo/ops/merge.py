@@ -11,14 +11,17 @@ The eager twin is :func:`fastagglo.ops.reference.merge_tokens`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from fastagglo.kernels import merge as kernel
+from fastagglo.kernels import merge_move as move
+from fastagglo.kernels.merge_plan import Image, Plan, make_plan
+from fastagglo.kernels.tiles import OLDEST_ARCH, capability
+from fastagglo.ops import merge_torch
 from fastagglo.ops.backend import resolve
 from fastagglo.ops.layout import PackedLayout
 from fastagglo.ops.partition import (
@@ -34,18 +37,7 @@ from fastagglo.ops.partition import (
 
 __all__ = ["MergedTokens", "merge_tokens", "unmerge_tokens"]
 
-_BACKENDS = ("torch",)
-
-# Bytes of one block of similarities, and of one block of widened tokens: small enough to stay in a
-# CPU's cache, large enough for its matrix product.
-_BLOCK_BYTES = 4 << 20
-
-# A matrix product rounds equal pairs of tokens differently at different places of the matrix.
-# Similarities closer than _DOUBT are therefore computed again in float64 and compared in steps of
-# 1 / _STEPS, which makes a tie a tie: the error of the first product is well under _DOUBT, the
-# error of the second well under a step.
-_DOUBT = {torch.float32: 4e-6, torch.float64: 4e-12}
-_STEPS = {torch.float32: 2.0**24, torch.float64: 2.0**40}
+_BACKENDS = ("torch", "triton")
 
 
 def merge_tokens(
@@ -111,35 +103,39 @@ def merge_tokens(
             of choice and is merged only if ``keep`` leaves no other source.
     """
     request = check_merge(x, keep, size, metric, partition, grid, protect, layout, stride, seed)
-    resolve("merge_tokens", x.device, _BACKENDS)
     channels, lead = x.shape[-1], x.shape[:-1]
-    wide = torch.promote_types(x.dtype, torch.float32)
-    flat = x.reshape(-1, channels).contiguous()
-    if metric is None:
-        flat_metric = flat.detach()
-    else:
-        flat_metric = metric.detach()
-        if metric.dim() == len(lead) + 2:
-            flat_metric = flat_metric.mean(
-                -2, dtype=torch.promote_types(metric.dtype, torch.float32)
-            )
-        flat_metric = flat_metric.reshape(-1, flat_metric.shape[-1])
-    if size is None:
-        flat_size = torch.ones(flat.shape[0], dtype=wide, device=x.device)
-    else:
-        flat_size = size.detach().reshape(-1).to(wide)
-    index, slot = torch.ops.fastagglo.merge_match(
-        flat_metric, flat_size, request.table(), partition, protect, *request.stride, seed
+    compared = x if metric is None else metric
+    unable = {"triton": _why_not_triton(x, compared)}
+    triton = resolve("merge_tokens", x.device, _BACKENDS, unable) == "triton"
+    flat = x.reshape(-1, channels)
+    compared = compared.detach()
+    if compared.dim() == len(lead) + 2:
+        compared = compared.mean(-2, dtype=torch.promote_types(compared.dtype, torch.float32))
+    flat_compared = compared.reshape(-1, compared.shape[-1])
+    flat_size = size
+    if size is not None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        flat_size = size.detach().reshape(-1).to(wide).contiguous()
+    index, slot, order, starts = torch.ops.fastagglo.merge_match(
+        flat_compared,
+        flat_size,
+        request.table(),
+        sum(request.keeps),
+        partition,
+        protect,
+        *request.stride,
+        seed,
+        triton,
     )
-    merged, total = _Merge.apply(flat, flat_size, slot, sum(request.keeps))
+    merged, total = _Merge.apply(flat, flat_size, slot, order, starts, triton)
     index, slot = index.view(lead), slot.view(lead)
     if layout is None and len(set(request.keeps)) <= 1:
         # No image at all has no keep of its own: the argument's, if it was one number.
         kept = request.keeps[0] if request.keeps else keep if isinstance(keep, int) else 0
         merged, total = merged.view(lead[0], kept, channels), total.view(lead[0], kept)
-        return MergedTokens(merged, total, index, None, slot)
+        return MergedTokens(merged, total, index, None, slot, order, starts)
     kept_layout = PackedLayout.from_lengths(request.keeps, device=x.device)
-    return MergedTokens(merged, total, index, kept_layout, slot)
+    return MergedTokens(merged, total, index, kept_layout, slot, order, starts)
 
 
 def unmerge_tokens(y: Tensor, merged: MergedTokens) -> Tensor:
@@ -159,322 +155,217 @@ def unmerge_tokens(y: Tensor, merged: MergedTokens) -> Tensor:
         ValueError: ``y`` does not start with the shape of the merged tokens, or is elsewhere.
     """
     check_unmerge(y, merged)
-    resolve("unmerge_tokens", y.device, _BACKENDS)
+    unable = {"triton": _why_not_triton(y)}
+    triton = resolve("unmerge_tokens", y.device, _BACKENDS, unable) == "triton"
     trail = y.shape[merged.size.dim() :]
-    flat = y.reshape(merged.size.numel(), trail.numel()).contiguous()
-    return _Unmerge.apply(flat, merged.slot.reshape(-1)).view(*merged.slot.shape, *trail)
+    flat, slot = y.reshape(merged.size.numel(), trail.numel()), merged.slot.reshape(-1)
+    order, starts = merged.order, merged.starts
+    if order is None or starts is None:
+        order, starts = merge_torch.group(slot, len(flat))
+    out = _Unmerge.apply(flat, slot, order, starts, triton)
+    return out.view(*merged.slot.shape, *trail)
+
+
+def _why_not_triton(*tensors: Tensor) -> str | None:
+    """What keeps the kernels from a call that is otherwise fine."""
+    for x in tensors:
+        if not kernel.supports(x.dtype):
+            return f"its kernels take bfloat16, float16 and float32, got {x.dtype}"
+        if x.is_cuda and capability(x.device.index) < OLDEST_ARCH:
+            return f"its kernels need a GPU of compute capability {OLDEST_ARCH / 10} or later"
+    return None
 
 
 class _Merge(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, size: Tensor, slot: Tensor, rows: int
+        ctx: FunctionCtx,
+        x: Tensor,
+        size: Tensor | None,
+        slot: Tensor,
+        order: Tensor,
+        starts: Tensor,
+        triton: bool,
     ) -> tuple[Tensor, Tensor]:
-        merged, total = torch.ops.fastagglo.merge_fwd(x, size, slot, rows)
+        merged, total = torch.ops.fastagglo.merge_fwd(x, size, slot, order, starts, triton)
         ctx.save_for_backward(size, total, slot)
+        ctx.triton = triton
         ctx.mark_non_differentiable(total)
         return merged, total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None, None]:
-        return torch.ops.fastagglo.merge_bwd(grad, *ctx.saved_tensors), None, None, None
+    def backward(ctx: FunctionCtx, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        grad_x = torch.ops.fastagglo.merge_bwd(grad, *ctx.saved_tensors, ctx.triton)
+        return grad_x, *(None,) * 5
 
 
 class _Unmerge(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, y: Tensor, slot: Tensor) -> Tensor:
-        ctx.save_for_backward(slot)
-        ctx.rows = y.shape[0]
-        return torch.ops.fastagglo.unmerge_fwd(y, slot)
+    def forward(
+        ctx: FunctionCtx, y: Tensor, slot: Tensor, order: Tensor, starts: Tensor, triton: bool
+    ) -> Tensor:
+        ctx.save_for_backward(order, starts)
+        ctx.triton = triton
+        return torch.ops.fastagglo.unmerge_fwd(y, slot, triton)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
-        return torch.ops.fastagglo.unmerge_bwd(grad, *ctx.saved_tensors, ctx.rows), None
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        grad_y = torch.ops.fastagglo.unmerge_bwd(grad, *ctx.saved_tensors, ctx.triton)
+        return grad_y, *(None,) * 4
 
 
-# --- the ops: T flat tokens, R merged ones; slot (T,) is a row of the merged tokens, -1 for none
-
+# --- the ops: T flat tokens, R merged ones ------------------------------------------------------
 
 _library = torch.library.Library("fastagglo", "FRAGMENT")
 
+# size is (T,), None for ones. images is the table of MergeRequest, on the CPU. index and slot, (T,)
+# int64, are the slot of each token within its image and among all, -1 for tokens of no image. order
+# (T,) int32 holds the tokens by slot, starts (R + 1,) int32 where each slot begins in it. triton:
+# whether the kernels do it, or PyTorch.
 _library.define(
-    "merge_match(Tensor metric, Tensor size, Tensor images, str partition, int protect, "
-    "int stride_h, int stride_w, int seed) -> (Tensor, Tensor)"
+    "merge_match(Tensor metric, Tensor? size, Tensor images, SymInt rows, str partition, "
+    "int protect, int stride_h, int stride_w, int seed, bool triton) "
+    "-> (Tensor index, Tensor slot, Tensor order, Tensor starts)"
 )
-_library.define("merge_fwd(Tensor x, Tensor size, Tensor slot, SymInt rows) -> (Tensor, Tensor)")
-_library.define("merge_bwd(Tensor grad, Tensor size, Tensor total, Tensor slot) -> Tensor")
-_library.define("unmerge_fwd(Tensor y, Tensor slot) -> Tensor")
-_library.define("unmerge_bwd(Tensor grad, Tensor slot, SymInt rows) -> Tensor")
+_library.define(
+    "merge_fwd(Tensor x, Tensor? size, Tensor slot, Tensor order, Tensor starts, bool triton) "
+    "-> (Tensor merged, Tensor total)"
+)
+_library.define(
+    "merge_bwd(Tensor grad, Tensor? size, Tensor total, Tensor slot, bool triton) -> Tensor"
+)
+_library.define("unmerge_fwd(Tensor y, Tensor slot, bool triton) -> Tensor")
+_library.define("unmerge_bwd(Tensor grad, Tensor order, Tensor starts, bool triton) -> Tensor")
 
 
 @torch.library.register_fake("fastagglo::merge_match")
-def _merge_match_fake(metric: Tensor, size: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    slot = torch.empty_like(size, dtype=torch.int64)
-    return slot, torch.empty_like(slot)
+def _(metric: Tensor, size: Tensor | None, images: Tensor, rows: int, *_: object) -> tuple:
+    tokens = metric.shape[0]
+    index, slot = (metric.new_empty(tokens, dtype=torch.int64) for _ in range(2))
+    order, starts = (metric.new_empty(n, dtype=torch.int32) for n in (tokens, rows + 1))
+    return index, slot, order, starts
 
 
 @torch.library.register_fake("fastagglo::merge_fwd")
-def _merge_fwd_fake(x: Tensor, size: Tensor, slot: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    return x.new_empty(rows, x.shape[1]), size.new_empty(rows)
+def _(
+    x: Tensor, size: Tensor | None, slot: Tensor, order: Tensor, starts: Tensor, *_: bool
+) -> tuple:
+    rows = starts.shape[0] - 1
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(rows, x.shape[1]), x.new_empty(rows, dtype=wide)
 
 
 @torch.library.register_fake("fastagglo::merge_bwd")
-def _merge_bwd_fake(grad: Tensor, size: Tensor, total: Tensor, slot: Tensor) -> Tensor:
+def _(grad: Tensor, size: Tensor | None, total: Tensor, slot: Tensor, triton: bool) -> Tensor:
     return grad.new_empty(slot.shape[0], grad.shape[1])
 
 
 @torch.library.register_fake("fastagglo::unmerge_fwd")
-def _unmerge_fwd_fake(y: Tensor, slot: Tensor) -> Tensor:
+def _(y: Tensor, slot: Tensor, triton: bool) -> Tensor:
     return y.new_empty(slot.shape[0], y.shape[1])
 
 
 @torch.library.register_fake("fastagglo::unmerge_bwd")
-def _unmerge_bwd_fake(grad: Tensor, slot: Tensor, rows: int) -> Tensor:
-    return grad.new_empty(rows, grad.shape[1])
+def _(grad: Tensor, order: Tensor, starts: Tensor, triton: bool) -> Tensor:
+    return grad.new_empty(starts.shape[0] - 1, grad.shape[1])
 
 
 @torch.library.impl(_library, "merge_match", "CompositeExplicitAutograd")
 def _merge_match(
     metric: Tensor,
-    size: Tensor,
+    size: Tensor | None,
     images: Tensor,
+    rows: int,
     partition: Partition,
     protect: int,
     stride_h: int,
     stride_w: int,
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Slot of each token of (T, D), within its image and among all; images as in MergeRequest."""
-    index = torch.full_like(size, -1, dtype=torch.int64)
-    slot = index.clone()
-    start = row = 0
-    with _full_precision(metric.device):
-        for image, (length, keep, height, width) in enumerate(images.tolist()):
-            tokens = slice(start, start + length)
-            fixed = min(protect, length)
-            rounds = plan_rounds(
-                length - fixed,
-                keep - fixed,
-                partition,
-                (height, width),
-                fixed,
-                (stride_h, stride_w),
-                seed,
-            )
-            if metric.device.type == "cpu":
-                _check_image(metric[tokens], size[tokens], image)
-            index[tokens] = _assign(metric[tokens], size[tokens], rounds, fixed)
-            slot[tokens] = index[tokens] + row
-            start, row = start + length, row + keep
-    return index, slot
+    triton: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shapes = tuple(map(tuple, images.tolist()))
+    geometry = (shapes, partition, protect, (stride_h, stride_w), seed)
+    if not triton:
+        return merge_torch.match(metric, size, _rounds(*geometry))
+    metric = _readable(metric)
+    tile_rows = tuple(tile.rows for tile in kernel.tiles_for(metric))
+    plan = _plan(*geometry, tile_rows, metric.is_cuda)
+    if metric.is_cuda and torch.cuda.is_current_stream_capturing():
+        _captured.append(plan)
+    buffer = plan.buffer.to(metric.device, non_blocking=True)
+    return kernel.match(metric, size, buffer, plan)
+
+
+def _rounds(
+    shapes: tuple[tuple[int, int, int, int], ...],
+    partition: Partition,
+    protect: int,
+    stride: tuple[int, int],
+    seed: int,
+) -> list[tuple[int, int, tuple[Round, ...]]]:
+    """Of each image its tokens, how many of them are protected, and its rounds."""
+    result = []
+    for length, keep, *grid in shapes:
+        fixed = min(protect, length)
+        rounds = plan_rounds(
+            length - fixed, keep - fixed, partition, tuple(grid), fixed, stride, seed
+        )
+        result.append((length, fixed, rounds))
+    return result
+
+
+@lru_cache(maxsize=64)
+def _plan(
+    shapes: tuple[tuple[int, int, int, int], ...],
+    partition: Partition,
+    protect: int,
+    stride: tuple[int, int],
+    seed: int,
+    tile_rows: tuple[int, int],
+    pinned: bool,
+) -> Plan:
+    """What the kernels know of these shapes; from pinned memory a device copies without a wait."""
+    images = [Image(*image) for image in _rounds(shapes, partition, protect, stride, seed)]
+    plan = make_plan(images, tile_rows)
+    return plan._replace(buffer=plan.buffer.pin_memory()) if pinned else plan
+
+
+# A CUDA graph copies the plan of its capture anew in each replay, so it must stay where it is.
+_captured: list[Plan] = []
+
+
+def _readable(x: Tensor) -> Tensor:
+    """x itself if the kernels can read it in place."""
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 @torch.library.impl(_library, "merge_fwd", "CompositeExplicitAutograd")
-def _merge_fwd(x: Tensor, size: Tensor, slot: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-    """Size-weighted means (R, C) and summed sizes (R,)."""
-    total = _segment_sum(size[:, None], None, slot, rows, size.dtype)[:, 0].contiguous()
-    merged = _segment_sum(x, _share(size, total, slot), slot, rows, x.dtype)
-    if x.device.type == "cpu" and not _finite(merged):
-        # The metric was fine (it was checked), so this is a token beside it.
-        raise ValueError("merge_tokens: x has NaN or infinity; drop or mend those tokens first")
-    return merged, total
+def _merge_fwd(
+    x: Tensor, size: Tensor | None, slot: Tensor, order: Tensor, starts: Tensor, triton: bool
+) -> tuple[Tensor, Tensor]:
+    if not triton:
+        return merge_torch.merge(x, size, slot, order, starts)
+    return move.segment_sum(_readable(x), order, starts, size=size, mean=True)
 
 
 @torch.library.impl(_library, "merge_bwd", "CompositeExplicitAutograd")
-def _merge_bwd(grad: Tensor, size: Tensor, total: Tensor, slot: Tensor) -> Tensor:
-    """Gradient of the tokens (T, C): each takes its share of its slot's."""
-    return _gather(grad, _share(size, total, slot), slot)
+def _merge_bwd(
+    grad: Tensor, size: Tensor | None, total: Tensor, slot: Tensor, triton: bool
+) -> Tensor:
+    if not triton:
+        return merge_torch.merge_backward(grad, size, total, slot)
+    return move.gather(_readable(grad), slot, size=size, totals=total)
 
 
 @torch.library.impl(_library, "unmerge_fwd", "CompositeExplicitAutograd")
-def _unmerge_fwd(y: Tensor, slot: Tensor) -> Tensor:
-    return _gather(y, None, slot)
+def _unmerge_fwd(y: Tensor, slot: Tensor, triton: bool) -> Tensor:
+    return move.gather(_readable(y), slot) if triton else merge_torch.unmerge(y, slot)
 
 
 @torch.library.impl(_library, "unmerge_bwd", "CompositeExplicitAutograd")
-def _unmerge_bwd(grad: Tensor, slot: Tensor, rows: int) -> Tensor:
-    return _segment_sum(grad, None, slot, rows, grad.dtype)
-
-
-# --- matching one image
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32 may choose the tokens."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
-
-
-def _finite(x: Tensor) -> bool:
-    # Both ends of the range in one pass and without a mask of x's size.
-    return x.numel() == 0 or bool(torch.stack(torch.aminmax(x)).isfinite().all())
-
-
-def _check_image(metric: Tensor, size: Tensor, image: int) -> None:
-    if not _finite(metric):
-        token = int((~metric.isfinite()).any(-1).nonzero()[0])
-        raise ValueError(
-            f"merge_tokens: token {token} of image {image} has NaN or infinity in what is "
-            f"compared (metric, by default x); drop or mend such tokens first"
-        )
-    if not _finite(size) or bool((size <= 0).any()):
-        token = int((~(size.isfinite() & (size > 0))).nonzero()[0])
-        raise ValueError(
-            f"merge_tokens: size must be positive and finite, got {size[token].item()} for token "
-            f"{token} of image {image}"
-        )
-
-
-def _assign(metric: Tensor, size: Tensor, rounds: tuple[Round, ...], protect: int) -> Tensor:
-    """Slot of each of one image's tokens after the rounds."""
-    slot = torch.arange(len(size), device=size.device)
-    metric, size = metric[protect:], size[protect:]
-    for number, (sources, destinations, merges) in enumerate(rounds, start=1):
-        sources, destinations = sources.to(size.device), destinations.to(size.device)
-        moved = _play(metric, sources, destinations, merges)
-        slot[protect:] = moved[slot[protect:] - protect] + protect
-        if number < len(rounds):
-            rows = len(size) - merges
-            total = _segment_sum(size[:, None], None, moved, rows, size.dtype)[:, 0]
-            wide = torch.promote_types(metric.dtype, torch.float32)
-            metric = _segment_sum(metric, _share(size, total, moved), moved, rows, wide)
-            size = total
-    return slot
-
-
-def _play(metric: Tensor, sources: Tensor, destinations: Tensor, merges: int) -> Tensor:
-    """One round: the position after it of each token before it."""
-    similarity, best = _best_destinations(metric, sources, destinations)
-    partner = destinations[best]
-    chosen = slice(None)
-    if merges < len(sources):
-        chosen = _most_similar(metric, similarity, sources, partner, merges)
-    stays = torch.ones(len(metric), dtype=torch.bool, device=metric.device)
-    stays[sources[chosen]] = False
-    moved = stays.cumsum(0) - 1
-    moved[sources[chosen]] = moved[partner[chosen]]
-    return moved
-
-
-def _best_destinations(
-    metric: Tensor, sources: Tensor, destinations: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Highest similarity of each source and the destination that has it, block by block."""
-    wide = torch.promote_types(metric.dtype, torch.float32)
-    target = _unit(metric[destinations], wide)
-    exact_target: Tensor | None = None
-    similarity = torch.empty(len(sources), dtype=wide, device=metric.device)
-    best = torch.empty_like(sources)
-    row_bytes = max(target.shape) * target.element_size()
-    for rows in torch.arange(len(sources), device=metric.device).split(_rows(row_bytes)):
-        block = _products(_unit(metric[sources[rows]], wide), target)
-        similarity[rows], best[rows] = block.max(1)
-        second = block.scatter_(1, best[rows, None], -torch.inf).amax(1)
-        close = rows[similarity[rows] - second <= _DOUBT[wide]]
-        if len(close):
-            if exact_target is None:
-                exact_target = _unit(metric[destinations], torch.float64)
-            exact = _products(_unit(metric[sources[close]], torch.float64), exact_target)
-            best[close] = exact.mul_(_STEPS[wide]).round_().argmax(1)
-    return similarity, best
-
-
-def _most_similar(
-    metric: Tensor, similarity: Tensor, sources: Tensor, partner: Tensor, count: int
-) -> Tensor:
-    """Which ``count`` sources have the highest similarity to their partners, ties by position."""
-    wide = similarity.dtype
-    last = similarity.topk(count).values[-1]
-    sure = similarity > last + _DOUBT[wide]
-    doubtful = ((similarity >= last - _DOUBT[wide]) & ~sure).nonzero()[:, 0]
-    exact = [
-        (_unit(metric[sources[rows]], torch.float64) * _unit(metric[partner[rows]], torch.float64))
-        .sum(1)
-        .mul_(_STEPS[wide])
-        .round_()
-        for rows in doubtful.split(_rows(metric.shape[1] * 8))
-    ]
-    order = torch.cat(exact).argsort(descending=True, stable=True)
-    sure = sure.nonzero()[:, 0]
-    return torch.cat([sure, doubtful[order[: count - len(sure)]]])
-
-
-def _unit(tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.normalize(tokens.to(dtype), dim=-1, eps=1e-12)
-
-
-def _products(a: Tensor, b: Tensor) -> Tensor:
-    similarity = a @ b.T
-    if similarity.device.type != "cpu":  # there NaN was refused
-        similarity.masked_fill_(similarity.isnan(), -torch.inf)
-    return similarity
-
-
-# --- moving tokens
-
-
-def _rows(row_bytes: int) -> int:
-    return max(1, _BLOCK_BYTES // max(row_bytes, 1))
-
-
-def _share(size: Tensor, total: Tensor, slot: Tensor) -> Tensor:
-    """Weight of each token in its slot's mean: exactly 1 for a token alone."""
-    return size / total[slot.clamp_min(0)] if len(total) else torch.zeros_like(size)
-
-
-def _segment_sum(
-    x: Tensor, weight: Tensor | None, slot: Tensor, rows: int, dtype: torch.dtype
-) -> Tensor:
-    """``out[r] = sum of weight[t] * x[t] over the t with slot[t] == r``, (rows, C) in ``dtype``.
-
-    An embedding bag is such a sum over the rows of a table in CSR order: deterministic, and
-    without a weighted copy of ``x``. Half precision is widened a block of slots at a time.
-    """
-    if x.numel() == 0 or rows == 0:
-        return torch.zeros(rows, x.shape[1], dtype=dtype, device=x.device)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    order = slot.argsort(stable=True)[int((slot < 0).sum()) :]
-    counts = torch.bincount(slot[order], minlength=rows)
-    ends = counts.cumsum(0)
-    starts = ends - counts
-    if weight is not None:
-        weight = weight.to(wide)[order]
-    if x.dtype == wide == dtype:
-        return F.embedding_bag(order, x, starts, mode="sum", per_sample_weights=weight)
-    out = torch.empty(rows, x.shape[1], dtype=dtype, device=x.device)
-    step = _rows(len(order) * x.shape[1] * 4 // rows)
-    for first in range(0, rows, step):
-        bags = slice(first, first + step)
-        tokens = slice(int(starts[first]), int(ends[bags][-1]))
-        part = x[order[tokens]].to(wide)
-        out[bags] = F.embedding_bag(
-            torch.arange(len(part), device=x.device),
-            part,
-            starts[bags] - starts[first],
-            mode="sum",
-            per_sample_weights=None if weight is None else weight[tokens],
-        )
-    return out
-
-
-def _gather(y: Tensor, weight: Tensor | None, slot: Tensor) -> Tensor:
-    """``out[t] = weight[t] * y[slot[t]]``, zero where the slot is -1; (T, C) in y's dtype."""
-    if y.numel() == 0:
-        return y.new_zeros(len(slot), y.shape[1])
-    out = y.index_select(0, slot.clamp_min(0))
-    if weight is not None:
-        for rows in torch.arange(len(slot), device=y.device).split(_rows(y.shape[1] * 4)):
-            block = slice(int(rows[0]), int(rows[-1]) + 1)
-            out[block] = out[block].to(weight.dtype).mul_(weight[block, None])
-    return out.masked_fill_((slot < 0)[:, None], 0.0)
+def _unmerge_bwd(grad: Tensor, order: Tensor, starts: Tensor, triton: bool) -> Tensor:
+    if not triton:
+        return merge_torch.unmerge_backward(grad, order, starts)
+    return move.segment_sum(_readable(grad), order, starts)[0]

@@ -52,6 +52,9 @@ class MergedTokens:
             went to; -1 in the rows of a packed input that belong to no image.
         layout: layout of packed ``x``, one segment per image; None for (N, keep, C).
         slot: shape of ``index``: the same as a row of the flattened ``x``, for unmerging.
+        order: (N * L,) or (T,) int32: the original tokens by slot, and by position within one, for
+            the gradient of unmerging; None: made again when needed.
+        starts: (slots + 1,) int32: where each slot begins in ``order``; None with it.
     """
 
     x: Tensor
@@ -59,6 +62,8 @@ class MergedTokens:
     index: Tensor
     layout: PackedLayout | None
     slot: Tensor = field(repr=False)
+    order: Tensor | None = field(default=None, repr=False)
+    starts: Tensor | None = field(default=None, repr=False)
 
 
 class Round(NamedTuple):

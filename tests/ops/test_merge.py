@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastagglo.ops import merge as op
+from fastagglo.ops import merge_torch
 from fastagglo.ops.layout import PackedLayout
 from fastagglo.ops.merge import MergedTokens, merge_tokens, unmerge_tokens
 from fastagglo.ops.partition import plan_rounds
@@ -197,13 +198,15 @@ def test_ties_do_not_hang_on_the_matrix_product(
             ]
         ).to(dtype)
         where = torch.arange(sources + destinations)
-        similarity, best = op._best_destinations(metric, where[:sources], where[sources:])
+        similarity, best = merge_torch._best_destinations(metric, where[:sources], where[sources:])
         assert best.eq(0).all()
         # And the other way round: equal sources, so equal similarities to whatever they pick.
-        similarity, best = op._best_destinations(metric, where[sources:], where[:sources])
+        similarity, best = merge_torch._best_destinations(metric, where[sources:], where[:sources])
         assert best.eq(best[0]).all()
         similarity += torch.linspace(0, 1e-7 if dtype != torch.float64 else 1e-15, destinations)
-        chosen = op._most_similar(metric, similarity, where[sources:], where[:sources][best], 3)
+        chosen = merge_torch._most_similar(
+            metric, similarity, where[sources:], where[:sources][best], 3
+        )
         assert sorted(chosen.tolist()) == [0, 1, 2]
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastagglo.ops import merge as op
+from fastagglo.ops import merge_torch
 from fastagglo.ops.backend import use_backend
 from fastagglo.ops.layout import PackedLayout
 from fastagglo.ops.merge import MergedTokens, merge_tokens, unmerge_tokens
@@ -45,7 +46,7 @@ def test_no_similarity_matrix(dtype: torch.dtype) -> None:
     x, size = randn(3900, 8, dtype=dtype), torch.ones(3900)
     rounds = plan_rounds(3900, 2000, "strided", (60, 65), 0, (1, 3), 0)
     with LargestTensor() as largest:
-        slot = op._assign(x, size, rounds, 0)
+        slot = merge_torch.assign(x, size, rounds, 0)
     assert 3 << 20 < largest.bytes <= 4 << 20
     expected = twin.merge_tokens(x[None], 2000, partition="strided", grid=(60, 65), stride=(1, 3))
     assert torch.equal(slot, expected.index[0])
@@ -56,8 +57,8 @@ def test_small_blocks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> No
     x = randn(2, 90, 10, dtype=dtype).requires_grad_()
     upstream = randn(2, 17, 10, seed=1, dtype=dtype)
     results = []
-    for bytes_ in (op._BLOCK_BYTES, 1000):
-        monkeypatch.setattr(op, "_BLOCK_BYTES", bytes_)
+    for bytes_ in (merge_torch._BLOCK_BYTES, 1000):
+        monkeypatch.setattr(merge_torch, "_BLOCK_BYTES", bytes_)
         merged = merge_tokens(x, 17, size=torch.full((2, 90), 3))
         (gradient,) = torch.autograd.grad(merged.x, x, upstream)
         results.append((merged.index, merged.x, gradient))
@@ -92,7 +93,7 @@ def test_matmul_precision_is_left_as_it_was() -> None:
         with pytest.raises(ValueError, match="NaN"):
             merge_tokens(torch.full((1, 10, 4), torch.nan), 6)
         assert [backend.fp32_precision for backend in backends] == ["tf32", "tf32"]
-        with op._full_precision(torch.device("cpu")):
+        with merge_torch.full_precision(torch.device("cpu")):
             assert [backend.fp32_precision for backend in backends] == ["ieee", "ieee"]
     finally:
         for backend, precision in zip(backends, before, strict=True):
@@ -131,20 +132,20 @@ def test_nan_tokens_stay_alone_where_nobody_looks(monkeypatch: pytest.MonkeyPatc
     # On a GPU nothing is refused: a NaN similarity counts as minus infinity. Here on the CPU.
     x = randn(40, 8)
     x[[3, 8, 21]] = torch.nan  # two destinations, one source
-    products = op._products
+    products = merge_torch._products
 
     def masked(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return products(a, b).nan_to_num_(nan=-torch.inf)
 
-    monkeypatch.setattr(op, "_products", masked)
+    monkeypatch.setattr(merge_torch, "_products", masked)
     rounds = plan_rounds(40, 25, "alternate", (0, 0), 0, (2, 2), 0)
-    slot = op._assign(x, torch.ones(40), rounds, 0)
+    slot = merge_torch.assign(x, torch.ones(40), rounds, 0)
     counts = torch.bincount(slot)
     assert counts[slot[[3, 8, 21]]].tolist() == [1, 1, 1]
     assert slot.max() == 24
     # Where all sources must go, the NaN one goes too.
     rounds = plan_rounds(40, 20, "alternate", (0, 0), 0, (2, 2), 0)
-    assert op._assign(x, torch.ones(40), rounds, 0).max() == 19
+    assert merge_torch.assign(x, torch.ones(40), rounds, 0).max() == 19
 
 
 # --- gradients
@@ -224,15 +225,16 @@ def test_opcheck(dtype: torch.dtype) -> None:
     size = torch.rand(20) + 1
     images = torch.tensor([[9, 4, 3, 3], [8, 8, 2, 4]])
     ops = torch.ops.fastagglo
-    for partition in PARTITIONS:
-        arguments = (x, size, images, partition, 0, 2, 2, 0)
-        torch.library.opcheck(ops.merge_match.default, arguments)
-    _, slot = ops.merge_match(*arguments)
-    torch.library.opcheck(ops.merge_fwd.default, (x, size, slot, 12))
-    y, total = ops.merge_fwd(x, size, slot, 12)
-    torch.library.opcheck(ops.merge_bwd.default, (y, size, total, slot))
-    torch.library.opcheck(ops.unmerge_fwd.default, (y, slot))
-    torch.library.opcheck(ops.unmerge_bwd.default, (x, slot, 12))
+    for own in (size, None):
+        for partition in PARTITIONS:
+            arguments = (x, own, images, 12, partition, 0, 2, 2, 0, False)
+            torch.library.opcheck(ops.merge_match.default, arguments)
+        _, slot, order, starts = ops.merge_match(*arguments)
+        torch.library.opcheck(ops.merge_fwd.default, (x, own, slot, order, starts, False))
+        y, total = ops.merge_fwd(x, own, slot, order, starts, False)
+        torch.library.opcheck(ops.merge_bwd.default, (y, own, total, slot, False))
+    torch.library.opcheck(ops.unmerge_fwd.default, (y, slot, False))
+    torch.library.opcheck(ops.unmerge_bwd.default, (x, order, starts, False))
 
 
 @pytest.mark.parametrize("partition", PARTITIONS)
