@@ -191,6 +191,12 @@ def test_cosines_of_exactly_one(function, sign, dtype):
     loss = function([x], [t], [LossTerm("cosine")])
     assert loss.total.item() == 1 - sign
     assert (torch.autograd.grad(loss.total, x)[0] == 0).all()
+    # 5e-9 from there the slope without the clamp is -2 theta / sin theta times t's own.
+    near = t.detach() * sign
+    near[:, 1] = 1e-4 * near.float().norm(dim=1)
+    near.requires_grad_()
+    loss = function([near], [t], [LossTerm("angular")])
+    assert (torch.autograd.grad(loss.total, near)[0] == 0).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)
