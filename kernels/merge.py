@@ -55,7 +55,7 @@ from fastagglo.kernels.tiles import arch_of
 # Squares of norms below 1e-12: such a token has similarity 0 to all.
 TINY = tl.constexpr(1e-24)
 
-SELECT_ROWS = 4096  # at most 32,768, for counts of 16 bits
+SELECT_ROWS = 2048  # at most 32,768, for counts of 16 bits
 
 
 @triton.jit
@@ -361,11 +361,11 @@ class Tile(NamedTuple):
 
 # By generation, the latest that is not newer than the GPU's, for elements of 2 and of 4 bytes.
 TILES = {
-    80: {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 16, 8, 2)},
-    86: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 16, 8, 2)},
-    90: {2: Tile(128, 256, 64, 8, 3), 4: Tile(64, 64, 16, 8, 2)},
-    100: {2: Tile(128, 256, 64, 8, 3), 4: Tile(64, 64, 16, 8, 2)},
-    120: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 16, 8, 2)},
+    80: {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 16, 4, 2)},
+    86: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 16, 4, 2)},
+    90: {2: Tile(128, 256, 64, 8, 3), 4: Tile(64, 64, 16, 4, 2)},
+    100: {2: Tile(128, 128, 64, 8, 3), 4: Tile(64, 64, 16, 4, 2)},
+    120: {2: Tile(128, 128, 32, 8, 3), 4: Tile(64, 64, 16, 4, 2)},
 }
 
 
@@ -427,7 +427,7 @@ def match(
             select_kernel[(plan.images + 1,)](
                 keys, partners, buffer, part.table, plan.images, plan.tokens, tokens, part.rows,
                 moved, items, index, slot, order, starts,
-                FIRST=number == 0, BLOCK=SELECT_ROWS, num_warps=16, num_stages=1,
+                FIRST=number == 0, BLOCK=SELECT_ROWS, num_warps=8, num_stages=1,
             )  # fmt: skip
     return index, slot, order, starts
 
