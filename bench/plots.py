@@ -15,19 +15,28 @@ STYLES = {
     "flex": ("#009E73", "D"),
     "varlen": ("#CC79A7", "P"),
     "xformers": ("#000000", "X"),
+    "matrix": ("#D55E00", "^"),
+    "matrix-fp32": ("#E69F00", "v"),
+    "eager": ("#0072B2", "o"),
+    "twin": ("#56B4E9", "s"),
+    "compile": ("#009E73", "D"),
 }
 PANELS = (
     ("forward", "time", "Forward: time"),
     ("forward+backward", "time", "Forward + backward: time"),
     ("forward+backward", "memory", "Forward + backward: peak memory"),
 )
+ROWS = {
+    "attention": "Rows: student heads×head_dim, batch (segments×rows).",
+    "loss": "Rows: images×grid of prediction (->target)×channels.",
+}
 LONGEST = 30  # characters of a batch that still stand beside its name
 
 Ratios = dict[tuple[str, str], dict[str, dict[str, float]]]
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """One row per student and batch, one mark per peer; right of the line at 1, we are ahead.
+    """One row per case, one mark per peer; right of the line at 1, we are ahead.
 
     Args:
         results: of ``bench.report.condense``.
@@ -40,14 +49,16 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
 
     ratios = ratios_of(results)
     names = list(dict.fromkeys(name for name, _ in ratios))
+    passes = {direction for _, direction in ratios}
+    panels = [panel for panel in PANELS if panel[0] in passes] or PANELS
     style = {"svg.fonttype": "none", "svg.hashsalt": "fastagglo", "font.size": 9}
     with plt.rc_context(style):
         height = 2.1 + 0.3 * len(names)
         figure, axes = plt.subplots(
-            1, len(PANELS), figsize=(13, height), sharey=True, squeeze=False, layout="constrained"
+            1, len(panels), figsize=(13, height), sharey=True, squeeze=False, layout="constrained"
         )
         shown: dict[str, Any] = {}
-        for axis, (direction, kind, title) in zip(axes[0], PANELS, strict=True):
+        for axis, (direction, kind, title) in zip(axes[0], panels, strict=True):
             for peer, (colour, marker) in STYLES.items():
                 points = [
                     (found[peer][kind], row)
@@ -101,6 +112,8 @@ def ratios_of(results: Mapping[str, Any]) -> Ratios:
 
 def _key(results: Mapping[str, Any], case: str) -> tuple[str, str]:
     facts = results["cases"][case]
+    if "label" in facts:
+        return facts["label"].replace("->", "→"), facts["pass"]
     name = f"{facts['student']} {facts['heads']}×{facts['head_dim']}, {facts['mix']}"
     if len(facts["batch"]) <= LONGEST:
         name += f" ({facts['batch'].replace('x', '×')})"
@@ -115,8 +128,7 @@ def _title(results: Mapping[str, Any]) -> str:
     return (
         f"{results['name']}: fastagglo against its peers on {where}; torch {machine['torch']}, "
         f"commit {machine['commit']}\n"
-        "Right of 1×, fastagglo is faster or needs less memory. "
-        "Rows: student heads×head_dim, batch (segments×rows)."
+        "Right of 1×, fastagglo is faster or needs less memory. " + ROWS[results["name"]]
     )
 
 

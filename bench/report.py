@@ -13,14 +13,27 @@ import numpy as np
 QUANTILES = (20, 50, 80)
 
 NOTES = {
-    "batch": "segments x rows of each",
     "ms": "quantiles 20, 50 and 80 % of the rounds, per call",
-    "tflops": "TFLOP/s at the median: 4 heads head_dim sum(rows^2), times 3.5 with the backward",
     "memory_mb": "most memory beyond the inputs during a call, results included; 1 MB = 1e6 bytes",
     "rows": "each peer timed by itself",
     "duels": "all peers of a duel run by turns in each round; ours_over_theirs.time holds the "
     "quantiles of the rounds' own ratios, .memory the ratio of memory_mb, and .memory_with_inputs "
     "that of memory_mb + input_mb",
+}
+NOTES_OF = {
+    "attention": {
+        "batch": "segments x rows of each",
+        "tflops": "TFLOP/s at the median: 4 heads head_dim sum(rows^2), times 3.5 with the "
+        "backward",
+    },
+    "loss": {
+        "terms": "grid of prediction and target, or ->, x channels, kind; no grid: summaries",
+        "bytes": "read the predictions, read the targets, write the gradients: no less will do",
+        "copy_gb_s": "bytes read and written by a plain copy on this machine, per second",
+        "floor_ms": "what such a copy takes for a case's bytes",
+        "of_floor": "floor_ms over the median time",
+        "compile_s": "the first call of the compiled peer, in a fresh cache",
+    },
 }
 
 
@@ -32,7 +45,8 @@ def condense(
     Args:
         raw: what pytest-benchmark wrote, of tests whose ``extra_info`` says ``case``, ``facts``,
             ``peer``, ``repeats``, ``memory_bytes``, ``input_bytes`` and, for a duel, ``rivals`` and
-            ``absent``.
+            ``absent``. ``facts`` with ``flops`` give a rate, facts with ``bytes`` a floor, for
+            which ``extra_info`` has ``copy_bytes_per_second``.
         name: of the benchmark file.
         command: that makes them again.
         peers: who takes part, by name, in words.
@@ -52,7 +66,7 @@ def condense(
         "command": command,
         "machine": raw["machine_info"]["bench"],
         "peers": dict(peers),
-        "notes": NOTES,
+        "notes": NOTES | NOTES_OF[name],
         "skipped": [
             {"reason": reason, "tests": count, "first": first[reason]}
             for reason, count in Counter(skipped.values()).items()
@@ -66,15 +80,24 @@ def condense(
 
 def _row(info: Mapping[str, Any], seconds: Sequence[float]) -> dict[str, Any]:
     times = np.array(seconds) / info["repeats"]
-    return {
+    row = {
         "peer": info["peer"],
         "ms": _short(np.percentile(times, QUANTILES) * 1e3),
         "rounds": len(seconds),
         "repeats": info["repeats"],
-        "tflops": _short(info["facts"]["flops"] / np.median(times) / 1e12),
-        "memory_mb": _short(info["memory_bytes"] / 1e6),
-        "input_mb": _short(info["input_bytes"] / 1e6),
     }
+    if "flops" in info["facts"]:
+        row["tflops"] = _short(info["facts"]["flops"] / np.median(times) / 1e12)
+    if "bytes" in info["facts"]:
+        floor = info["facts"]["bytes"] / info["copy_bytes_per_second"]
+        row["copy_gb_s"] = _short(info["copy_bytes_per_second"] / 1e9)
+        row["floor_ms"] = _short(floor * 1e3)
+        row["of_floor"] = _short(floor / np.median(times))
+    if "compile_seconds" in info:
+        row["compile_s"] = _short(info["compile_seconds"])
+    row["memory_mb"] = _short(info["memory_bytes"] / 1e6)
+    row["input_mb"] = _short(info["input_bytes"] / 1e6)
+    return row
 
 
 def _duel(info: Mapping[str, Any], own: Sequence[float]) -> dict[str, Any]:
@@ -131,31 +154,40 @@ def _head(duel: Mapping[str, Any]) -> str:
     return _line(shell)[:-1] + ', "rows": ['
 
 
-def summary(results: Mapping[str, Any], targets: Mapping[tuple[str, str], float]) -> str:
+def summary(
+    results: Mapping[str, Any],
+    targets: Mapping[tuple[str, str], float],
+    memory_targets: Mapping[tuple[str, str], float] | None = None,
+) -> str:
     """The duels as a table for the terminal.
 
     Args:
         results: of :func:`condense`.
-        targets: of ours over theirs, by mix and peer.
+        targets: of our time over theirs, by mix (or case, where there are no mixes) and peer.
+        memory_targets: of our memory over theirs, likewise.
     """
     lines = [
         f"{'ours / theirs, by turns':42} {'time (20 .. 80 %)':>24} {'memory':>8} {'+inputs':>8}"
     ]
     for duel in results["duels"]:
         facts, first = results["cases"][duel["case"]], duel["rows"][0]
-        lines.append(
-            f"{duel['case']}: {first['ms'][1]:g} ms, {first['memory_mb']:g} MB, "
+        rate = (
             f"{first['tflops']:g} TFLOP/s"
+            if "tflops" in first
+            else f"floor {first['floor_ms']:g} ms at {first['copy_gb_s']:g} GB/s"
         )
+        lines.append(f"{duel['case']}: {first['ms'][1]:g} ms, {first['memory_mb']:g} MB, {rate}")
         for row in duel["rows"][1:]:
             ratio = row["ours_over_theirs"]
             low, middle, high = ratio["time"]
             times = f"{middle:.3f} ({low:.3f} .. {high:.3f})"
-            target = targets.get((facts["mix"], row["peer"]))
+            key = (facts.get("mix", duel["case"]), row["peer"])
+            target, memory_target = targets.get(key), (memory_targets or {}).get(key)
             lines.append(
                 f"    {results['peers'][row['peer']]:38} {times:>24} {ratio['memory']:8.3f} "
                 f"{ratio['memory_with_inputs']:8.3f}"
                 + ("" if target is None else f"   target {target:g}")
+                + ("" if memory_target is None else f", memory {memory_target:g}")
             )
         for peer, why in duel["absent"].items():
             lines.append(f"    {results['peers'][peer]:38} absent: {why}")

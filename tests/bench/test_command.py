@@ -190,7 +190,27 @@ def test_the_command_writes_results_and_a_picture(tmp_path: Path) -> None:
     assert "ours / theirs, by turns" in done.stdout
 
 
+def test_the_command_of_the_loss(tmp_path: Path) -> None:
+    done = command("loss", "--quick", "--out", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {"loss-cpu.json", "loss-cpu.svg"}
+    text = (tmp_path / "loss-cpu.json").read_text()
+    assert str(ROOT) not in text
+    found = json.loads(text)
+    assert found["failed"] == found["skipped"] == []
+    assert {row["peer"] for row in found["rows"]} == {
+        "fastagglo",
+        "matrix",
+        "matrix-fp32",
+        "eager",
+        "twin",
+    }
+    assert all(row["floor_ms"] > 0 and row["memory_mb"] > 0 for row in found["rows"])
+    assert [len(duel["rows"]) for duel in found["duels"]] == [5] * 4
+    assert "floor" in done.stdout
+
+
 def test_an_unknown_name_is_an_error() -> None:
     done = command("attentoin")
     assert done.returncode == 2
-    assert "no benchmark attentoin: there is attention" in done.stderr
+    assert "no benchmark attentoin: there is attention, loss" in done.stderr
