@@ -18,9 +18,9 @@ from fastagglo.ops.backend import INTERPRETED
 
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
 
-# The modules here share packed_cases.py, which pytest's importlib mode would not find by name.
+# The modules here share files, which pytest's importlib mode would not find by name.
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("packed_cases")
+pytest.register_assert_rewrite("packed_cases", "merge_cases")
 
 
 @pytest.fixture(autouse=True)
