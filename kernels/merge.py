@@ -67,7 +67,7 @@ def _rows_of(base, positions, row_stride, UNIT: tl.constexpr):
 
 @triton.jit
 def norm_kernel(
-    metric, work, buffer, table, inverse, row_stride,
+    metric, work, buffer, table, inverse, row_stride, width,
     C: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """``inverse[d] = 1 / |destination d|``, 0 for a tiny one, NaN for one with NaN."""
@@ -81,7 +81,7 @@ def norm_kernel(
     pointers = _rows_of(base, place, row_stride, UNIT)
     columns = tl.arange(0, CHANNELS)[None, :]
     squares = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for channel in range(0, C, CHANNELS):
+    for channel in range(0, width, CHANNELS):
         at = channel + columns
         x = tl.load(pointers + at, mask=at < C, other=0.0).to(tl.float32)
         squares += x * x
@@ -99,14 +99,14 @@ def _sortable(x):
 
 
 @triton.jit
-def _similarity(a, b, C: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
+def _similarity(a, b, width, C: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr):
     """Cosine of each row of a to that of b, times its magnitude: as good an order, and 1 for equal
     rows however their squares are rounded."""
     columns = tl.arange(0, CHANNELS)[None, :]
     products = tl.zeros((ROWS, CHANNELS), tl.float32)
     a_squares = tl.zeros((ROWS, CHANNELS), tl.float32)
     b_squares = tl.zeros((ROWS, CHANNELS), tl.float32)
-    for channel in range(0, C, CHANNELS):
+    for channel in range(0, width, CHANNELS):
         at = channel + columns
         u = tl.load(a + at, mask=at < C, other=0.0).to(tl.float32)
         v = tl.load(b + at, mask=at < C, other=0.0).to(tl.float32)
@@ -123,7 +123,7 @@ def _similarity(a, b, C: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexp
 
 @triton.jit
 def match_kernel(
-    metric, inverse, work, buffer, table, keys, partners, row_stride,
+    metric, inverse, work, buffer, table, keys, partners, row_stride, width,
     C: tl.constexpr, UNIT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
     PAIR_CHANNELS: tl.constexpr, PRECISION: tl.constexpr,
@@ -144,6 +144,7 @@ def match_kernel(
     a = _rows_of(base, place, row_stride, UNIT)
     channels = tl.arange(0, CHANNELS)[None, :]
     WHOLE: tl.constexpr = C // CHANNELS * CHANNELS
+    whole = width // CHANNELS * CHANNELS
 
     best = tl.full((ROWS,), float("-inf"), tl.float32)
     number = tl.zeros((ROWS,), tl.int32)
@@ -152,7 +153,7 @@ def match_kernel(
         there = columns < destinations
         b = _rows_of(base, tl.load(listed + columns, mask=there, other=0), row_stride, UNIT)
         sums = tl.zeros((ROWS, BLOCK_COLUMNS), tl.float32)
-        for channel in range(0, WHOLE, CHANNELS):
+        for channel in range(0, whole, CHANNELS):
             u = tl.load(a + (channel + channels))
             v = tl.load(b + (channel + channels))
             sums = tl.dot(u, tl.trans(v), sums, input_precision=PRECISION)
@@ -171,7 +172,7 @@ def match_kernel(
 
     partner = tl.load(listed + number)
     b = _rows_of(base, partner, row_stride, UNIT)
-    key = _sortable(_similarity(a, b, C, PAIR_CHANNELS, ROWS))
+    key = _sortable(_similarity(a, b, width, C, PAIR_CHANNELS, ROWS))
     own = tl.load(image + SOURCE) + rows
     tl.store(keys + own, key, mask=inside)
     tl.store(partners + own, partner, mask=inside)
@@ -441,11 +442,12 @@ def _compare(compared: Tensor, buffer: Tensor, part: Round, tile: Tile) -> tuple
     channels = compared.shape[1]
     row_stride, unit = stride_in_units(compared)
     norm_kernel[(part.norm_programs,)](
-        compared, part.norm_work, buffer, part.table, inverse, row_stride,
+        compared, part.norm_work, buffer, part.table, inverse, row_stride, channels,
         C=channels, UNIT=unit, ROWS=NORM_ROWS, CHANNELS=64, num_warps=4, num_stages=1,
     )  # fmt: skip
     match_kernel[(part.match_programs,)](
-        compared, inverse, part.match_work, buffer, part.table, keys, partners, row_stride,
+        compared, inverse, part.match_work, buffer, part.table, keys, partners,
+        row_stride, channels,
         C=channels, UNIT=unit, ROWS=tile.rows, BLOCK_COLUMNS=tile.columns, CHANNELS=tile.channels,
         PAIR_CHANNELS=16 if tile.rows >= 128 else 32, PRECISION="ieee",
         num_warps=tile.warps, num_stages=tile.stages,
