@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastagglo.kernels import loss as kernel
+from fastagglo.ops import loss_triton
 from fastagglo.ops.backend import resolve
 from fastagglo.ops.loss_torch import TermLoss, comparison_grid, grid_of, valid_cells
 
@@ -203,42 +205,18 @@ def multi_teacher_loss(
             "predictions, targets, terms and valid (if given) must have one entry for each term, "
             "at least one; got lengths {}, {}, {} and {}".format(*lengths)
         )
-    losses, per_image, image_weights = [], [], []
-    for i, (prediction, target, term, mask) in enumerate(
-        zip(predictions, targets, terms, masks, strict=True)
-    ):
-        _check_pair(i, prediction, target, term)
-        resolve("multi_teacher_loss", prediction.device, available=("torch",))
-        shapes = (prediction.shape, target.shape)
-        mask = _mask(f"valid[{i}]", mask, target.shape, prediction.device)
-        shift = _shift(f"terms[{i}].shift", term.shift, prediction.shape, prediction.device)
-        height, width = comparison_grid(*shapes, term.resize)
-        affine = (None, None, None)
-        if term.normaliser is not None:
-            affine = _affine(f"terms[{i}].normaliser", term.normaliser, prediction)
-        image, count = TermLoss.apply(
-            prediction if prediction.ndim == 4 else prediction[:, None, None],
-            (target if target.ndim == 4 else target[:, None, None]).detach(),
-            mask,
-            *affine,
-            shift,
-            term.kind,
-            float(term.beta),
-            height,
-            width,
-            prediction.requires_grad and torch.is_grad_enabled(),
-        )
-        if term.kind == "angular":
-            image = image / _constant(term.dispersion)
-        weights = count.sqrt()
-        denominator = weights.sum() if term.denominator is None else _constant(term.denominator)
-        if isinstance(denominator, Tensor):
-            denominator = denominator.masked_fill(denominator == 0, 1)
-        elif denominator == 0:
-            denominator = 1.0
-        losses.append((image * weights).sum() / denominator)
-        per_image.append(image)
-        image_weights.append(weights)
+    pairs = [
+        _pair(i, *given)
+        for i, given in enumerate(zip(predictions, targets, terms, masks, strict=True))
+    ]
+    device = pairs[0].prediction.device
+    reasons = (_why_not_triton(pair, device) for pair in pairs)
+    unable = {"triton": next((reason for reason in reasons if reason), None)}
+    if resolve("multi_teacher_loss", device, ("torch", "triton"), unable) == "triton":
+        losses, per_image, image_weights = _all_at_once(pairs)
+    else:
+        each = [_one_by_one(pair) for pair in pairs]
+        losses, per_image, image_weights = (list(parts) for parts in zip(*each, strict=True))
     wide = torch.float64 if any(x.dtype == torch.float64 for x in losses) else torch.float32
     per_term = torch.stack([x.to(wide) for x in losses])
     weighted = [
@@ -284,6 +262,98 @@ def term_image_weights(
     cells = valid_cells(mask, shift, grid_of(prediction_shape), grid_of(target_shape), grid)
     count = torch.full((prediction_shape[0],), float(grid[0] * grid[1]), device=device)
     return (count if cells is None else cells.sum((1, 2)).expand_as(count).to(count)).sqrt()
+
+
+# The two roads
+
+
+class _Pair(NamedTuple):
+    """A prediction and its target, checked: 4-D, with what the term says of them as tensors."""
+
+    term: LossTerm
+    prediction: Tensor
+    target: Tensor
+    valid: Tensor | None
+    mean: Tensor | None
+    scale: Tensor | None
+    rotation: Tensor | None
+    shift: Tensor | None
+    height: int
+    width: int
+
+    @property
+    def wants_gradient(self) -> bool:
+        return self.prediction.requires_grad and torch.is_grad_enabled()
+
+
+def _pair(i: int, prediction: Tensor, target: Tensor, term: LossTerm, mask: Any) -> _Pair:
+    _check_pair(i, prediction, target, term)
+    height, width = comparison_grid(prediction.shape, target.shape, term.resize)
+    affine = (None, None, None)
+    if term.normaliser is not None:
+        affine = _affine(f"terms[{i}].normaliser", term.normaliser, prediction)
+    return _Pair(
+        term,
+        prediction if prediction.ndim == 4 else prediction[:, None, None],
+        (target if target.ndim == 4 else target[:, None, None]).detach(),
+        _mask(f"valid[{i}]", mask, target.shape, prediction.device),
+        *affine,
+        _shift(f"terms[{i}].shift", term.shift, prediction.shape, prediction.device),
+        height,
+        width,
+    )
+
+
+def _one_by_one(pair: _Pair) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss of a term, of its images, and their weights, in PyTorch."""
+    term = pair.term
+    image, count = TermLoss.apply(
+        *pair[1:8], term.kind, float(term.beta), pair.height, pair.width, pair.wants_gradient
+    )
+    if term.kind == "angular":
+        image = image / _constant(term.dispersion)
+    weights = count.sqrt()
+    denominator = weights.sum() if term.denominator is None else _constant(term.denominator)
+    if isinstance(denominator, Tensor):
+        denominator = denominator.masked_fill(denominator == 0, 1)
+    elif denominator == 0:
+        denominator = 1.0
+    return (image * weights).sum() / denominator, image, weights
+
+
+def _why_not_triton(pair: _Pair, device: torch.device) -> str | None:
+    if pair.prediction.device != device:
+        return f"terms on several devices, {device} and {pair.prediction.device}"
+    return kernel.unable(pair.prediction, pair.target, pair.height * pair.width)
+
+
+def _all_at_once(pairs: Sequence[_Pair]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """The same of all terms, by the kernels."""
+    rows, numbers = [], []
+    for pair in pairs:
+        term, target, mean, scale = pair.term, pair.target, pair.mean, pair.scale
+        if pair.rotation is not None and mean is not None and scale is not None:
+            # A C x C product for each token is a GEMM's work. NaN of a masked token stays in it.
+            with torch.no_grad(), torch.autocast(target.device.type, enabled=False):
+                target = ((target.float() - mean.float()) @ pair.rotation.float().T) / scale.float()
+            mean = scale = None
+        given = (
+            term.weight,
+            -1.0 if term.denominator is None else term.denominator,
+            term.dispersion if term.kind == "angular" else 1.0,
+        )
+        tensors = [_constant(v) if isinstance(v, Tensor) else None for v in given]
+        rows.append((pair.prediction, target, pair.valid, mean, scale, pair.shift, *tensors))
+        numbers += [float(term.beta), *(1.0 if isinstance(v, Tensor) else float(v) for v in given)]
+    per_term, per_image, image_weights = loss_triton.all_terms(
+        list(zip(*rows, strict=True)),
+        [pair.term.kind for pair in pairs],
+        numbers,
+        [size for pair in pairs for size in (pair.height, pair.width)],
+        [pair.wants_gradient for pair in pairs],
+    )
+    images = [pair.prediction.shape[0] for pair in pairs]
+    return list(per_term), list(per_image.split(images)), list(image_weights.split(images))
 
 
 # Checks

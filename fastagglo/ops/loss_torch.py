@@ -445,7 +445,7 @@ def _term_loss_backward_fake(
 
 # Whether the graph that runs now will run again (retain_graph); the question that AOTAutograd asks
 # before it lets a backward reuse the memory of saved tensors. Without an answer, suppose it will.
-_graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class TermLoss(torch.autograd.Function):
@@ -463,7 +463,7 @@ class TermLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         gradient, count = ctx.saved_tensors
-        again = torch.compiler.is_compiling() or _graph_is_kept()
+        again = torch.compiler.is_compiling() or graph_is_kept()
         if again or gradient.dtype != ctx.dtype:
             scaled = torch.ops.fastagglo.term_loss_backward(gradient, upstream, count, ctx.dtype)
         else:
