@@ -63,10 +63,10 @@ def _work(tiles, H: tl.constexpr, TILE_ROWS: tl.constexpr, ROWS: tl.constexpr):
 
 
 @triton.jit
-def _partial_sums(x):
-    """Sums of every eighth column, (R, 8): a thread holds those of a tensor core's result, so that
-    threads need not meet until the loop is over."""
-    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 8, 8)), 1)
+def _partial_sums(x, PARTS: tl.constexpr):
+    """Sums of every PARTS-th column, (R, PARTS): a thread holds whole ones of a tensor core's
+    result, so that threads need not meet until the loop is over."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // PARTS, PARTS)), 1)
 
 
 @triton.jit
@@ -85,15 +85,15 @@ def _load_bias(bias, limit, STRIDE: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: 
 
 @triton.jit
 def _forward_step(
-    q, sums, largest, total, k, v, bias, limit, factor,
+    q, sums, largest, total, k, v, bias, taken, limit, factor,
     K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, BIAS_STRIDE: tl.constexpr,
     D: tl.constexpr, BOUNDS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Take in C more keys: online softmax with base 2, ``factor = abs(scale) * log2(e)``."""
-    k_tile = load_pieces(k, limit, K_STRIDE, D, BOUNDS, COLUMNS, MASKED)
+    k_tile = load_pieces(k, limit, K_STRIDE, D, BOUNDS, COLUMNS, MASKED, taken)
     logits = dot_transposed(q, k_tile, PRECISION)
-    v_tile = load_pieces(v, limit, V_STRIDE, D, BOUNDS, COLUMNS, MASKED)
+    v_tile = load_pieces(v, limit, V_STRIDE, D, BOUNDS, COLUMNS, MASKED, taken)
     if HAS_BIAS or MASKED:
         logits = logits * factor + _load_bias(bias, limit, BIAS_STRIDE, COLUMNS, HAS_BIAS)[None, :]
         new = tl.maximum(largest, tl.max(logits, 1))
@@ -105,7 +105,7 @@ def _forward_step(
         base = new
         weights = tl.exp2(logits * factor - base[:, None])
     decay = tl.exp2(largest - base)
-    total = total * decay[:, None] + _partial_sums(weights)
+    total = total * decay[:, None] + _partial_sums(weights, total.shape[1])
     sums = dot_add(weights, v_tile, scaled(sums, decay[:, None]), PRECISION)
     return sums, new, total
 
@@ -119,7 +119,8 @@ def forward_kernel(
     BIAS_STRIDE: tl.constexpr,
     D: tl.constexpr, BOUNDS: tl.constexpr, TILE_ROWS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, NEGATIVE: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, NEGATIVE: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``out = softmax(q k^T * scale + bias) v``; lse (H, T): its log-sum-exp, to base 2."""
     head, start, length, first, is_segment = _work(tiles, H, TILE_ROWS, ROWS)
@@ -143,27 +144,27 @@ def forward_kernel(
     v += segment * v_row * 8 + wide_head * v_head * 8
     if HAS_BIAS:
         bias += segment * BIAS_STRIDE + wide_head * bias_head
-    q_tile = load_pieces(q, limit, Q_STRIDE, D, BOUNDS, ROWS, True)
+    q_tile = load_pieces(q, limit, Q_STRIDE, D, BOUNDS, ROWS, True, 0)
     # The running maximum is taken before scaling, which a negative scale would turn around.
     if NEGATIVE:
         q_tile = scaled(q_tile, -1.0)
     factor = scale * LOG2E
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
-    total = tl.zeros((ROWS, 8), tl.float32)
+    total = tl.zeros((ROWS, PARTS), tl.float32)
 
     whole = length // COLUMNS * COLUMNS
+    taken = 0
     for _ in range(0, whole, COLUMNS):
         sums, largest, total = _forward_step(
-            q_tile, sums, largest, total, k, v, bias, COLUMNS, factor,
+            q_tile, sums, largest, total, k, v, bias, taken, COLUMNS, factor,
             K_STRIDE, V_STRIDE, BIAS_STRIDE, D, BOUNDS, COLUMNS, HAS_BIAS, False, PRECISION,
         )  # fmt: skip
-        k += K_STRIDE * COLUMNS
-        v += V_STRIDE * COLUMNS
+        taken += COLUMNS * 8
         if HAS_BIAS:
             bias += BIAS_STRIDE * COLUMNS
     if whole < length:
         sums, largest, total = _forward_step(
-            q_tile, sums, largest, total, k, v, bias, length - whole, factor,
+            q_tile, sums, largest, total, k, v, bias, taken, length - whole, factor,
             K_STRIDE, V_STRIDE, BIAS_STRIDE, D, BOUNDS, COLUMNS, HAS_BIAS, True, PRECISION,
         )  # fmt: skip
 
@@ -181,14 +182,14 @@ def forward_kernel(
 
 @triton.jit
 def _dq_step(
-    q, grad_out, lse, delta, sums, k, v, bias, limit, factor,
+    q, grad_out, lse, delta, sums, k, v, bias, taken, limit, factor,
     K_STRIDE: tl.constexpr, V_STRIDE: tl.constexpr, BIAS_STRIDE: tl.constexpr,
     D: tl.constexpr, BOUNDS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add C keys' part of dQ / scale."""
-    k_tile = load_pieces(k, limit, K_STRIDE, D, BOUNDS, COLUMNS, MASKED)
-    v_tile = load_pieces(v, limit, V_STRIDE, D, BOUNDS, COLUMNS, MASKED)
+    k_tile = load_pieces(k, limit, K_STRIDE, D, BOUNDS, COLUMNS, MASKED, taken)
+    v_tile = load_pieces(v, limit, V_STRIDE, D, BOUNDS, COLUMNS, MASKED, taken)
     logits = dot_transposed(q, k_tile, PRECISION) * factor
     if HAS_BIAS or MASKED:
         logits += _load_bias(bias, limit, BIAS_STRIDE, COLUMNS, HAS_BIAS)[None, :]
@@ -228,9 +229,9 @@ def dq_kernel(
     if HAS_BIAS:
         bias += segment * BIAS_STRIDE + wide_head * bias_head
     own = (row * H + wide_head) * D
-    q_tile = load_pieces(q, limit, Q_STRIDE, D, BOUNDS, ROWS, True)
-    grad_tile = load_pieces(grad_out + own, limit, H * D, D, BOUNDS, ROWS, True)
-    out_tile = load_pieces(out + own, limit, H * D, D, BOUNDS, ROWS, True)
+    q_tile = load_pieces(q, limit, Q_STRIDE, D, BOUNDS, ROWS, True, 0)
+    grad_tile = load_pieces(grad_out + own, limit, H * D, D, BOUNDS, ROWS, True, 0)
+    out_tile = load_pieces(out + own, limit, H * D, D, BOUNDS, ROWS, True, 0)
     rows = tl.arange(0, ROWS)
     lse_row = tl.load(lse + wide_head * T + row + rows, mask=rows < limit, other=0.0)
     delta_row = tl.zeros((ROWS,), tl.float32)
@@ -240,18 +241,18 @@ def dq_kernel(
     factor = scale * LOG2E
 
     whole = length // COLUMNS * COLUMNS
+    taken = 0
     for _ in range(0, whole, COLUMNS):
         sums = _dq_step(
-            q_tile, grad_tile, lse_row, delta_row, sums, k, v, bias, COLUMNS, factor,
+            q_tile, grad_tile, lse_row, delta_row, sums, k, v, bias, taken, COLUMNS, factor,
             K_STRIDE, V_STRIDE, BIAS_STRIDE, D, BOUNDS, COLUMNS, HAS_BIAS, False, PRECISION,
         )  # fmt: skip
-        k += K_STRIDE * COLUMNS
-        v += V_STRIDE * COLUMNS
+        taken += COLUMNS * 8
         if HAS_BIAS:
             bias += BIAS_STRIDE * COLUMNS
     if whole < length:
         sums = _dq_step(
-            q_tile, grad_tile, lse_row, delta_row, sums, k, v, bias, length - whole, factor,
+            q_tile, grad_tile, lse_row, delta_row, sums, k, v, bias, taken, length - whole, factor,
             K_STRIDE, V_STRIDE, BIAS_STRIDE, D, BOUNDS, COLUMNS, HAS_BIAS, True, PRECISION,
         )  # fmt: skip
     store_pieces(grad_q, limit, scaled(sums, scale), GRAD_STRIDE, D, BOUNDS, ROWS)
@@ -259,15 +260,15 @@ def dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    k, v, bias, grad_k, grad_v, grad_bias, q, grad_out, lse, delta, limit, factor,
+    k, v, bias, grad_k, grad_v, grad_bias, q, grad_out, lse, delta, taken, limit, factor,
     Q_STRIDE: tl.constexpr, GRAD_OUT_STRIDE: tl.constexpr,
     D: tl.constexpr, BOUNDS: tl.constexpr, COLUMNS: tl.constexpr,
     HAS_BIAS: tl.constexpr, BIAS_GRAD: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Add C queries' part of dK / scale, dV and d bias. Keys run down, queries across."""
     queries = tl.arange(0, COLUMNS)
-    q_tile = load_pieces(q, limit, Q_STRIDE, D, BOUNDS, COLUMNS, MASKED)
-    grad_tile = load_pieces(grad_out, limit, GRAD_OUT_STRIDE, D, BOUNDS, COLUMNS, MASKED)
+    q_tile = load_pieces(q, limit, Q_STRIDE, D, BOUNDS, COLUMNS, MASKED, taken)
+    grad_tile = load_pieces(grad_out, limit, GRAD_OUT_STRIDE, D, BOUNDS, COLUMNS, MASKED, taken)
     if MASKED:  # exp2(0 - inf): a query that is not there weighs nothing
         lse_row = tl.load(lse + queries, mask=queries < limit, other=float("inf"))
         delta_row = tl.load(delta + queries, mask=queries < limit, other=0.0)
@@ -324,8 +325,8 @@ def dkv_kernel(
     grad_out += (segment * H + wide_head) * D
     lse += wide_head * T + segment
     delta += wide_head * T + segment
-    k_tile = load_pieces(k, limit, K_STRIDE, D, BOUNDS, ROWS, True)
-    v_tile = load_pieces(v, limit, V_STRIDE, D, BOUNDS, ROWS, True)
+    k_tile = load_pieces(k, limit, K_STRIDE, D, BOUNDS, ROWS, True, 0)
+    v_tile = load_pieces(v, limit, V_STRIDE, D, BOUNDS, ROWS, True, 0)
     if HAS_BIAS:
         own = bias + row * BIAS_STRIDE + wide_head * bias_head
         bias_row = _load_bias(own, limit, BIAS_STRIDE, ROWS, True)
@@ -334,20 +335,20 @@ def dkv_kernel(
     factor = scale * LOG2E
 
     whole = length // COLUMNS * COLUMNS
+    taken = 0
     for _ in range(0, whole, COLUMNS):
         k_sums, v_sums, bias_sums = _dkv_step(
             k_tile, v_tile, bias_row, k_sums, v_sums, bias_sums, q, grad_out, lse, delta,
-            COLUMNS, factor, Q_STRIDE, H * D,
+            taken, COLUMNS, factor, Q_STRIDE, H * D,
             D, BOUNDS, COLUMNS, HAS_BIAS, BIAS_GRAD, False, PRECISION,
         )  # fmt: skip
-        q += Q_STRIDE * COLUMNS
-        grad_out += H * D * COLUMNS
+        taken += COLUMNS * 8
         lse += COLUMNS
         delta += COLUMNS
     if whole < length:
         k_sums, v_sums, bias_sums = _dkv_step(
             k_tile, v_tile, bias_row, k_sums, v_sums, bias_sums, q, grad_out, lse, delta,
-            length - whole, factor, Q_STRIDE, H * D,
+            taken, length - whole, factor, Q_STRIDE, H * D,
             D, BOUNDS, COLUMNS, HAS_BIAS, BIAS_GRAD, True, PRECISION,
         )  # fmt: skip
     store_pieces(grad_k, limit, scaled(k_sums, scale), GRAD_STRIDE, D, BOUNDS, ROWS)
@@ -416,6 +417,8 @@ def forward(
                 q, k, v, key_bias, out, lse, tiles,
                 rows, abs(scale), *strides,
                 **_constants(q, k, v, key_bias, tile_rows, tile), NEGATIVE=scale < 0,
+                # A thread reads whole rows of sm_100's tensor memory, else two of 8 columns.
+                PARTS=1 if 100 <= arch_of(q) < 120 else 8,
             )  # fmt: skip
     return out, lse
 

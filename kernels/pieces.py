@@ -34,13 +34,20 @@ def load_pieces(
     BOUNDS: tl.constexpr,
     ROWS: tl.constexpr,
     MASKED: tl.constexpr,
+    taken,
 ):
-    """Rows 0 .. R of a head as one tile (R, piece) a piece; zeros in rows from ``limit`` on."""
+    """R rows of a head as one tile (R, piece) a piece; zeros where a row is ``limit`` or more.
+
+    ``taken`` is 8 times the row to begin with: kept in 32 bits, and so that
+    LLVM cannot know that it never wraps, each address of a loop is one multiply-add to pointers
+    that stay. As pointers that move, LLVM gives each address a 64-bit addition, two instructions.
+    """
     rows = tl.arange(0, ROWS)
     result = ()
     for i in tl.static_range(len(BOUNDS) - 1):
         columns = BOUNDS[i] + tl.arange(0, BOUNDS[i + 1] - BOUNDS[i])
         pointers = base + (rows[:, None] * STRIDE + columns[None, :])
+        pointers += tl.cast(taken, tl.int64) * (STRIDE // 8)
         if BOUNDS[i + 1] > D:
             # The next head's columns lie here, or another tensor's: they must not be read.
             inside = columns[None, :] < D
