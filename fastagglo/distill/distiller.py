@@ -327,11 +327,16 @@ class Distiller(nn.Module):
         """What is compared with what: one pair per teacher, kind of feature and image group."""
         counts = [len(group) for group in batch.groups]
         for name, match in self.matching.items():
+            # The kernels put a term's weight into its gradient at once: nothing is left to scale.
             spatial = LossTerm(
-                match.spatial_loss, normaliser=self._normaliser(name), resize=match.resize
+                match.spatial_loss,
+                weight=match.spatial_weight,
+                normaliser=self._normaliser(name),
+                resize=match.resize,
             )
             summary = LossTerm(
                 match.summary_loss,
+                weight=match.summary_weight,
                 dispersion=getattr(self, f"dispersion_{name}", 1.0),
             )
             if match.summary and match.summary_weight > 0:

@@ -1,8 +1,9 @@
 """The balanced multi-teacher loss: one pass over predictions and targets, gradient included.
 
 Every term reads its prediction and its target once. Resizing, shift, mask, normalisation, the loss
-and its gradient happen block by block while the block lies in the cache, so that the memory needed
-beyond the inputs is the gradient itself. The backward scales that gradient, one factor an image.
+and its gradient happen in that pass, so that the memory needed beyond the inputs is the gradient
+itself. The backward scales that gradient, one factor an image. On CUDA all terms are one launch of
+``kernels/loss.py``; in PyTorch they follow one another, block by block (``loss_torch.py``).
 """
 
 from __future__ import annotations
@@ -172,6 +173,10 @@ def multi_teacher_loss(
     The gradient of the predictions is computed with the loss and kept until the backward, in their
     dtype (fp32 for fp16), which scales it; second derivatives are not available. Arithmetic is
     fp32, or fp64 for fp64 predictions, also under autocast. Two runs give the same bits.
+
+    On CUDA the default is the backend "triton"; there the gradient is kept with every factor of
+    ``total`` in it, and ``total.backward()`` scales nothing. fp64 and tokens of more than 8,192
+    channels take the backend "torch". Features are read in place if their channels lie together.
 
     Args:
         predictions: for each term ``(N, h, w, C)`` or ``(N, C)``, fp16, bf16, fp32 or fp64, any
