@@ -18,7 +18,7 @@ COSINE_SHARE = 0.9  # of cosine_smooth_l1, the rest is smooth L1: AM-RADIO, arXi
 EPS = 1e-8  # a shorter vector has no direction; the eps of F.cosine_similarity
 COSINE_LIMIT = 1 - 1e-6  # of "angular": the slope of arccos has no bound at +-1
 SNAP = 1e-6  # cells: a sample this close to a cell centre is that cell, whatever rounding says
-BLOCK = 1 << 19  # elements, 2 MiB in fp32: long enough to be worth waking a second thread
+BLOCK = 1 << 20  # elements, 4 MiB in fp32: long enough to be worth waking a second thread
 
 
 # Geometry: which cells of the target a comparison cell reads, and whether it is compared
@@ -146,17 +146,17 @@ def _token_losses(
     gradient is wanted) share one dtype.
     """
     channels = x.shape[1]
-    work = scratch("work", x.shape, x.dtype)
     if kind == "mse":
         if scale is None:
-            torch.sub(x, t, out=work)
+            work = torch.sub(x, t, out=scratch("work", x.shape, x.dtype))
         else:
-            torch.addcmul(x, t, scale, value=-1, out=work)
+            work = torch.addcmul(x, t, scale, value=-1, out=t)
         torch.linalg.vector_norm(work, dim=1, out=loss)
         loss.square_().div_(channels)
         if out is not None:
             _into(out, torch.mul, work, 2 / channels, work=work)
         return
+    work = scratch("work", x.shape, x.dtype)
     if scale is not None:
         t.mul_(scale)
     slope = None  # of smooth L1 in each channel
