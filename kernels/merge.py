@@ -16,7 +16,10 @@ source to the destination that it took is then computed again, from these two ro
 with their norms: equal pairs have equal similarity, equal tokens exactly 1, and of equals the first
 sources are merged. Cosines that are equal by arithmetic, of unlike tokens, may be rounded apart.
 
-Nothing here waits for the device, and results are bit-equal from run to run.
+Nothing here waits for the device, and results are bit-equal from run to run. What the kernels come
+to in machine code: ``pytest -s tests/kernels/test_merge_compiled.py``, or, for shapes of your own,
+``python -m fastagglo.kernels.inspect launch module:function`` with a function that calls
+:func:`match` on tensors of "meta".
 """
 
 from __future__ import annotations
@@ -93,7 +96,7 @@ def norm_kernel(
 @triton.jit
 def _sortable(x):
     """int32 that, read as unsigned, order as these floats do; 0, below all, for NaN."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)  # -0 + 0 = 0
+    bits = x.to(tl.int32, bitcast=True)
     bits = tl.where(bits < 0, ~bits, bits ^ -2147483648)
     return tl.where(x == x, bits, 0)
 
@@ -161,9 +164,8 @@ def match_kernel(
             u = tl.load(a + (WHOLE + channels), mask=WHOLE + channels < C, other=0.0)
             v = tl.load(b + (WHOLE + channels), mask=WHOLE + channels < C, other=0.0)
             sums = tl.dot(u, tl.trans(v), sums, input_precision=PRECISION)
-        # NaN for a column that is not there, as for one with NaN: neither is chosen.
+        # NaN for a column that is not there, as for one with NaN: a maximum passes it over.
         sums *= tl.load(inverse + columns, mask=there, other=float("nan"))[None, :]
-        sums = tl.where(sums == sums, sums, float("-inf"))
         top = tl.max(sums, 1)
         leftmost = tl.where(sums == top[:, None], columns[None, :], 2147483647)
         better = top > best  # not where equal: the lowest destination stays
@@ -192,7 +194,8 @@ def _threshold(keys, count, take, BLOCK: tl.constexpr):
             rows = block + tl.arange(0, BLOCK)
             key = tl.load(keys + rows, mask=rows < count, other=0)
             key = key.to(tl.uint32, bitcast=True).to(tl.int64)
-            among = (rows < count) & ((key >> (32 - 8 * step)) == prefix)
+            # A row that is not there is 0, below all: it moves no threshold.
+            among = (key >> (32 - 8 * step)) == prefix
             histogram += tl.histogram(
                 ((key >> (24 - 8 * step)) & 255).to(tl.int32), 256, mask=among
             )

@@ -4,8 +4,10 @@ From the papers Token Merging (ToMe, arXiv 2210.09461) and Token Merging for Sta
 (arXiv 2303.17604). The unprotected tokens of an image are split into sources and destinations;
 each source finds its most similar destination; the most similar sources are merged into theirs.
 
-Road: :func:`merge_tokens` checks, ``fastagglo::merge_match`` decides, ``fastagglo::merge_fwd`` and
-``fastagglo::merge_bwd`` move tokens and gradients; ``unmerge_fwd`` and ``unmerge_bwd`` go back.
+Road: :func:`merge_tokens` checks and picks a backend, ``fastagglo::merge_match`` decides,
+``fastagglo::merge_fwd`` and ``merge_bwd`` move tokens and gradients; ``unmerge_fwd`` and
+``unmerge_bwd`` go back. Below them lie the Triton kernels of ``kernels/merge.py`` and
+``kernels/merge_move.py``, and the PyTorch path of ``merge_torch.py``.
 The eager twin is :func:`fastagglo.ops.reference.merge_tokens`.
 """
 
@@ -63,10 +65,18 @@ def merge_tokens(
     The result for an image does not depend on the other images of the batch.
 
     Similarities are compared in float32 (float64 for a float64 metric), whatever autocast or the
-    matmul precision say; those within one step of 2**-24 (2**-40) are ties, and a token of norm
-    below 1e-12 has similarity 0 to all. Means are taken in at least float32. On the CPU no block
-    of similarities larger than 4 MiB is held (a single row, if that is larger), and two runs are
-    bit-equal. Works under ``torch.compile(fullgraph=True)`` for (N, L, C) with one ``keep``.
+    matmul precision say, and a token of norm below 1e-12 has similarity 0 to all. Means are taken
+    in at least float32. Two runs are bit-equal on the backends ``"torch"`` on the CPU and
+    ``"triton"``. Works under ``torch.compile(fullgraph=True)`` for (N, L, C) with one ``keep``.
+
+    The backend ``"triton"``, the default on CUDA, takes bfloat16, float16 and float32; what it does
+    not take runs on ``"torch"``, unless it was asked for by name. It launches four kernels a round,
+    holds no similarities, and never waits for the device. On ``"torch"`` no block of similarities
+    larger than 4 MiB is held (a single row, if that is larger).
+
+    Ties: equal tokens tie on both. ``"torch"`` takes similarities within one step of 2**-24
+    (float64: 2**-40) for ties too; on ``"triton"`` those of unlike tokens that are as close may go
+    either way, always the same one.
 
     Args:
         x: tokens, (N, L, C), or packed (T, C) with ``layout``; float16, bfloat16, float32, float64.

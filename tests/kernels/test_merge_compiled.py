@@ -90,6 +90,14 @@ def test_nothing_spills_and_tensor_cores_multiply(arch: str, dtype: str) -> None
             assert report.main.operand_type == dtype
 
 
+def test_a_maximum_passes_nan_over() -> None:
+    """What the kernel relies on for NaN, and for columns that are not there."""
+    for arch in OPCODES:
+        (match,) = (x for x in launches_of(arch, "bf16", 1280) if x.kernel == "match_kernel")
+        assert "arith.maxnumf" in match.ttgir
+        assert "arith.maximumf" not in match.ttgir
+
+
 @pytest.mark.parametrize("arch", ["sm_86", "sm_120"])
 def test_small_shared_memory_suffices(arch: str) -> None:
     """99 KiB."""
