@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from bench import machine  # noqa: E402
 
 machine.fix_threads()
 COMMIT = machine.commit(ROOT)  # now: a long run may see the next one made
+LOAD = os.getloadavg()[0]  # now: what others did before we did anything
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -38,7 +40,9 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 def pytest_benchmark_update_machine_info(machine_info: dict[str, Any]) -> None:
     processor = machine_info.get("cpu", {}).get("brand_raw", "")
-    machine_info["bench"] = machine.describe(processor, COMMIT)
+    found = machine.describe(processor, COMMIT)
+    # Of a minute each: more at the end than our own threads means that others were at work.
+    machine_info["bench"] = found | {"load": [round(x, 2) for x in (LOAD, os.getloadavg()[0])]}
 
 
 class _Outcomes:
