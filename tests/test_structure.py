@@ -180,7 +180,7 @@ def test_every_optional_package_is_in_the_extra_that_its_error_names() -> None:
     assert checked > 10
 
 
-@pytest.mark.parametrize("op", ["attention", "heads", "loss", "merge"])
+@pytest.mark.parametrize("op", ["attention", "heads", "loss", "merge", "mlp"])
 def test_an_op_its_reference_and_its_test_have_one_name(op: str) -> None:
     for path in (f"fastagglo/ops/{op}.py", f"fastagglo/ops/reference/{op}.py"):
         assert (ROOT / path).is_file()
@@ -238,6 +238,7 @@ class TestReference:
 
     def test_each_op_has_a_twin(self) -> None:
         twins = {"packed_attention", "packed_attention_qkv", "adaptor_mlp", "multi_teacher_loss"}
+        twins |= {"layer_norm_gelu", "linear_bias_gelu", "gelu_linear_residual"}
         assert set(reference.__all__) == twins | {"merge_tokens", "unmerge_tokens"}
         for name in reference.__all__:
             assert getattr(ops, name) is not getattr(reference, name)
@@ -258,6 +259,19 @@ class TestReference:
         found = ops.adaptor_mlp(x, head, rotation=rotation)
         assert found.shape == (2, 6, 8, 6)
         torch.testing.assert_close(found, reference.adaptor_mlp(x, head, rotation=rotation))
+
+    def test_mlp(self) -> None:
+        x, norm = torch.randn(2, 3, 12), torch.randn(12)
+        weight, bias, residual = torch.randn(5, 12), torch.randn(5), torch.randn(2, 3, 5)
+        for name, arguments in (
+            ("layer_norm_gelu", (x, norm, norm)),
+            ("linear_bias_gelu", (x, weight, bias)),
+            ("gelu_linear_residual", (x, weight, bias, residual)),
+        ):
+            found = getattr(ops, name)(*arguments, approximate="tanh")
+            expected = getattr(reference, name)(*arguments, approximate="tanh")
+            torch.testing.assert_close(found, expected)
+            assert expected.abs().mean() > 0.1
 
     def test_merge(self) -> None:
         x = torch.randn(2, 20, 8)
