@@ -35,6 +35,15 @@ def test_every_head_dim(width, dtype):
     assert_right(case, run_kernel(case, TALL, fused=width % 3 == 0))
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100, 120])
+@pytest.mark.parametrize("width", [40, 128])
+def test_variants_of_the_generations(width, arch, monkeypatch):
+    """Pieces of heads and the way in which row sums are kept differ."""
+    monkeypatch.setattr(kernel, "arch_of", lambda x: arch)
+    case = make_case([19, 1, 0, 32], width=width)
+    assert_right(case, run_kernel(case, TALL))
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(
     "tiles",
