@@ -27,7 +27,7 @@ _KINDS = {
     "spatial": "spatial",
 }
 # The first kind in a name counts: a teacher may be called like one.
-_ENTRY = re.compile(rf"(?:.*?\.)?({'|'.join(_KINDS)})\.([^.]+)\.(.+)")
+_ENTRY = re.compile(rf"(?:.*?\.)??({'|'.join(_KINDS)})\.([^.]+)\.(.+)")
 
 
 @dataclass(frozen=True)
