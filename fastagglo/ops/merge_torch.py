@@ -177,22 +177,40 @@ def _best_destinations(
 ) -> tuple[Tensor, Tensor]:
     """Highest similarity of each source and the destination that has it, block by block."""
     wide = _wide(metric.dtype)
-    target = _unit(metric[destinations], wide)
-    exact_target: Tensor | None = None
+    target = _unit(metric, destinations, wide)
     similarity = torch.empty(len(sources), dtype=wide, device=metric.device)
     best = torch.empty_like(sources)
     row_bytes = max(target.shape) * target.element_size()
     for rows in torch.arange(len(sources), device=metric.device).split(_rows(row_bytes)):
-        block = _products(_unit(metric[sources[rows]], wide), target)
+        block = _products(_unit(metric, sources[rows], wide), target)
         similarity[rows], best[rows] = block.max(1)
+        least = similarity[rows] - _DOUBT[wide]
         second = block.scatter_(1, best[rows, None], -torch.inf).amax(1)
-        close = rows[similarity[rows] - second <= _DOUBT[wide]]
+        close = (second >= least).nonzero()[:, 0]
         if len(close):
-            if exact_target is None:
-                exact_target = _unit(metric[destinations], torch.float64)
-            exact = _products(_unit(metric[sources[close]], torch.float64), exact_target)
-            best[close] = exact.mul_(_STEPS[wide]).round_().argmax(1)
+            near = (block[close] >= least[close, None]).any(0)
+            near[best[rows[close]]] = True
+            rivals = near.nonzero()[:, 0]
+            best[rows[close]] = _exactly_best(
+                metric, sources[rows[close]], destinations[rivals], rivals, wide
+            )
     return similarity, best
+
+
+def _exactly_best(
+    metric: Tensor, sources: Tensor, destinations: Tensor, numbers: Tensor, wide: torch.dtype
+) -> Tensor:
+    """The number of each source's most similar destination in steps of float64, block by block."""
+    unit = _unit(metric, sources, torch.float64)
+    best = numbers[0].repeat(len(sources))
+    highest = unit.new_full((len(sources),), -torch.inf)
+    for columns in torch.arange(len(numbers), device=metric.device).split(_rows(unit.shape[1] * 8)):
+        target = _unit(metric, destinations[columns], torch.float64)
+        steps, place = _products(unit, target).mul_(_STEPS[wide]).round_().max(1)
+        better = steps > highest  # not at a tie: that goes to the lower position
+        highest = torch.where(better, steps, highest)
+        best = torch.where(better, numbers[columns][place], best)
+    return best
 
 
 def _most_similar(
@@ -204,7 +222,7 @@ def _most_similar(
     sure = similarity > last + _DOUBT[wide]
     doubtful = ((similarity >= last - _DOUBT[wide]) & ~sure).nonzero()[:, 0]
     exact = [
-        (_unit(metric[sources[rows]], torch.float64) * _unit(metric[partner[rows]], torch.float64))
+        (_unit(metric, sources[rows], torch.float64) * _unit(metric, partner[rows], torch.float64))
         .sum(1)
         .mul_(_STEPS[wide])
         .round_()
@@ -215,8 +233,9 @@ def _most_similar(
     return torch.cat([sure, doubtful[order[: count - len(sure)]]])
 
 
-def _unit(tokens: Tensor, dtype: torch.dtype) -> Tensor:
-    return F.normalize(tokens.to(dtype), dim=-1, eps=1e-12)
+def _unit(metric: Tensor, rows: Tensor, dtype: torch.dtype) -> Tensor:
+    tokens = metric[rows].to(dtype)
+    return tokens.div_(torch.linalg.vector_norm(tokens, dim=1, keepdim=True).clamp_min_(1e-12))
 
 
 def _products(a: Tensor, b: Tensor) -> Tensor:
