@@ -14,11 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastagglo.ops.autocast import autocast_enabled
-from fastagglo.ops.backend import resolve
-from fastagglo.ops.mlp import norm_gelu_linear, shared_linear
-
-# Of adaptor_mlp, on any device.
-_BACKENDS = ("torch",)
+from fastagglo.ops.mlp import norm_gelu_linear, shared_linear, uses_triton
 
 
 class LayerNorm(nn.LayerNorm):
@@ -342,7 +338,7 @@ def adaptor_mlp(x: Tensor, head: AdaptorMLP, *, rotation: Tensor | None = None) 
     if not isinstance(head, AdaptorMLP):
         raise TypeError(f"adaptor_mlp: head must be an AdaptorMLP, got {type(head).__name__}")
     check_input("adaptor_mlp", x, head)
-    resolve("adaptor_mlp", x.device, _BACKENDS)
+    uses_triton("adaptor_mlp", x, norm=True)  # raises if a backend was asked for that it lacks
     return head(x, rotation)
 
 

@@ -1,7 +1,8 @@
 """The steps of a transformer's or an adaptor head's MLP, with everything but the GEMM folded in.
 
 The road of a call: the functions here check and pick dtypes; those of ``mlp_library.py`` say what
-is kept for the backward, and its operators are what a compiler sees; ``mlp_torch.py`` computes.
+is kept for the backward, and its operators are what a compiler sees; ``mlp_torch.py`` and
+``mlp_triton.py`` compute.
 
 What a GELU or a LayerNorm gives is not kept for the backward unless asked for: it is a short sum
 over what stands before it, which is kept anyway.
@@ -17,13 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastagglo.ops import mlp_triton
 from fastagglo.ops.autocast import autocast_enabled
 from fastagglo.ops.backend import resolve
 from fastagglo.ops.mlp_library import LinearGelu, NormGelu, NormGeluLinear, SharedLinear
 
 __all__ = ["gelu_linear_residual", "layer_norm_gelu", "linear_bias_gelu"]
 
-_BACKENDS = ("torch",)
+_BACKENDS = ("torch", "triton")
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _FORMS = ("none", "tanh")
 
@@ -51,7 +53,8 @@ def layer_norm_gelu(
     Returns:
         ``(..., C)`` in the dtype of x, or in autocast's where that is on: what follows is a GEMM.
 
-    Differentiable once in x, weight and bias.
+    Differentiable once in x, weight and bias. The backend ``"triton"``, the default on CUDA, takes
+    bfloat16, float16 and float32; the rest runs on ``"torch"``.
 
     Raises:
         TypeError: an argument is of the wrong kind or dtype.
@@ -62,8 +65,8 @@ def layer_norm_gelu(
     _check_x(owner, x)
     _check_norm(owner, x, weight, bias, eps)
     tanh = _is_tanh(owner, approximate)
-    resolve(owner, x.device, _BACKENDS)
-    y = NormGelu.apply(_rows(x), weight, bias, float(eps), tanh, compute_dtype(x))
+    triton = uses_triton(owner, x, norm=True)
+    y = NormGelu.apply(_rows(x), weight, bias, float(eps), tanh, compute_dtype(x), triton)
     return y.view(x.shape)
 
 
@@ -83,8 +86,8 @@ def linear_bias_gelu(
     Returns:
         ``(..., N)`` in the dtype of x, or in autocast's.
 
-    Differentiable once in x, weight and bias. Under autocast the gradients of fp32 parameters are
-    summed up and returned in fp32.
+    Differentiable once in x, weight and bias. Gradients have the dtypes of what they
+    are of, also under autocast.
 
     Raises:
         TypeError, ValueError: as :func:`layer_norm_gelu`.
@@ -93,8 +96,8 @@ def linear_bias_gelu(
     _check_x(owner, x)
     _check_linear(owner, x, weight, bias)
     tanh = _is_tanh(owner, approximate)
-    resolve(owner, x.device, _BACKENDS)
-    y = LinearGelu.apply(_rows(x), weight, bias, tanh, compute_dtype(x))
+    triton = uses_triton(owner, x, norm=False)
+    y = LinearGelu.apply(_rows(x), weight, bias, tanh, compute_dtype(x), triton)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -120,8 +123,8 @@ def gelu_linear_residual(
     Returns:
         ``(..., N)`` in the dtype of x, or in autocast's, or in the residual's if that is wider.
 
-    Differentiable once in x, weight, bias and residual. Under autocast the gradients of fp32
-    parameters are summed up and returned in fp32.
+    Differentiable once in x, weight, bias and residual. Gradients have the dtypes of
+    what they are of, also under autocast.
 
     Raises:
         TypeError, ValueError: as :func:`layer_norm_gelu`.
@@ -131,8 +134,8 @@ def gelu_linear_residual(
     _check_linear(owner, x, weight, bias)
     _check_residual(owner, x, residual, weight)
     tanh = _is_tanh(owner, approximate)
-    resolve(owner, x.device, _BACKENDS)
-    return _step(x, None, None, weight, bias, residual, False, 0.0, tanh, True)
+    triton = uses_triton(owner, x, norm=False)
+    return _step(x, None, None, weight, bias, residual, False, 0.0, tanh, True, triton)
 
 
 def norm_gelu_linear(
@@ -170,9 +173,9 @@ def norm_gelu_linear(
     _check_linear(owner, x, weight, bias)
     _check_residual(owner, x, residual, weight)
     tanh = _is_tanh(owner, approximate)
-    resolve(owner, x.device, _BACKENDS)
+    triton = uses_triton(owner, x, norm=True, strict=False)
     return _step(
-        x, norm_weight, norm_bias, weight, bias, residual, True, float(eps), tanh, recompute
+        x, norm_weight, norm_bias, weight, bias, residual, True, float(eps), tanh, recompute, triton
     )
 
 
@@ -195,9 +198,25 @@ def shared_linear(
     _check_x("shared_linear", x)
     for weight, bias in zip(weights, biases, strict=True):
         _check_linear("shared_linear", x, weight, bias)
-    resolve("shared_linear", x.device, _BACKENDS)
     found = SharedLinear.apply(_rows(x), compute_dtype(x), len(weights), *weights, *biases)
     return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
+
+
+def uses_triton(owner: str, x: Tensor, *, norm: bool, strict: bool = True) -> bool:
+    """Whether a call runs on the Triton kernels.
+
+    Args:
+        norm: it has a LayerNorm.
+        strict: raise ValueError where a backend was asked for that the op lacks or that cannot run
+            it; else, inside a model of which other ops have that backend, run on "torch".
+    """
+    try:
+        unable = {"triton": mlp_triton.unable(x, norm)}
+        return resolve(owner, x.device, _BACKENDS, unable) == "triton"
+    except ValueError:
+        if strict:
+            raise
+        return False
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -218,6 +237,7 @@ def _step(
     eps: float,
     tanh: bool,
     recompute: bool,
+    triton: bool,
 ) -> Tensor:
     dtype = compute_dtype(x)
     out_dtype = dtype if residual is None else torch.promote_types(residual.dtype, dtype)
@@ -227,7 +247,7 @@ def _step(
     y = NormGeluLinear.apply(
         *(_rows(x), norm_weight, norm_bias, weight, bias),
         None if residual is None or skip else _rows(residual),
-        *(skip, normalise, eps, tanh, dtype, out_dtype, keep),
+        *(skip, normalise, eps, tanh, dtype, out_dtype, keep, triton),
     )
     return y.view(*x.shape[:-1], weight.shape[0])
 

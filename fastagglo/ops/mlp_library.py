@@ -1,6 +1,6 @@
 """Gradients and operators of the fused MLP steps.
 
-What the steps are is said in ``mlp.py``; ``mlp_torch.py`` computes them.
+What the steps are is said in ``mlp.py``; ``mlp_torch.py`` and ``mlp_triton.py`` compute them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fastagglo.ops import mlp_torch
+from fastagglo.ops import mlp_torch, mlp_triton
 
 
 class NormGelu(torch.autograd.Function):
@@ -27,20 +27,19 @@ class NormGelu(torch.autograd.Function):
         eps: float,
         tanh: bool,
         dtype: torch.dtype,
+        triton: bool,
     ) -> Tensor:
-        y, mean, rstd = torch.ops.fastagglo.norm_gelu_fwd(x, weight, bias, eps, tanh, dtype)
+        y, mean, rstd = torch.ops.fastagglo.norm_gelu_fwd(x, weight, bias, eps, tanh, dtype, triton)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        ctx.eps, ctx.tanh = eps, tanh
+        ctx.settings = tanh, eps, triton
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         wants = list(ctx.needs_input_grad[:3])
-        found = torch.ops.fastagglo.norm_gelu_bwd(
-            grad_y, *ctx.saved_tensors, ctx.tanh, ctx.eps, wants
-        )
-        return *_asked(found, wants), None, None, None
+        found = torch.ops.fastagglo.norm_gelu_bwd(grad_y, *ctx.saved_tensors, *ctx.settings, wants)
+        return *_asked(found, wants), *[None] * 4
 
 
 class LinearGelu(torch.autograd.Function):
@@ -48,19 +47,27 @@ class LinearGelu(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tanh: bool,
+        dtype: torch.dtype,
+        triton: bool,
     ) -> Tensor:
-        y, pre = torch.ops.fastagglo.linear_gelu_fwd(x, weight, bias, tanh, dtype)
+        y, pre = torch.ops.fastagglo.linear_gelu_fwd(x, weight, bias, tanh, dtype, triton)
         ctx.save_for_backward(pre, x, weight, bias)
-        ctx.tanh = tanh
+        ctx.settings = tanh, triton
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         wants = list(ctx.needs_input_grad[:3])
-        found = torch.ops.fastagglo.linear_gelu_bwd(grad_y, *ctx.saved_tensors, ctx.tanh, wants)
-        return *_asked(found, wants), None, None
+        found = torch.ops.fastagglo.linear_gelu_bwd(
+            grad_y, *ctx.saved_tensors, *ctx.settings, wants
+        )
+        return *_asked(found, wants), *[None] * 3
 
 
 class NormGeluLinear(torch.autograd.Function):
@@ -82,13 +89,14 @@ class NormGeluLinear(torch.autograd.Function):
         dtype: torch.dtype,
         out_dtype: torch.dtype,
         keep: bool,
+        triton: bool,
     ) -> Tensor:
         parameters = (norm_weight, norm_bias, weight, bias)
         y, mean, rstd, kept = torch.ops.fastagglo.norm_gelu_linear_fwd(
-            x, *parameters, residual, skip, normalise, eps, tanh, dtype, out_dtype, keep
+            x, *parameters, residual, skip, normalise, eps, tanh, dtype, out_dtype, keep, triton
         )
         ctx.save_for_backward(x, mean, rstd, kept, *parameters)
-        ctx.settings = skip, normalise, eps, tanh, dtype
+        ctx.settings = skip, normalise, eps, tanh, dtype, triton
         ctx.residual_dtype = None if residual is None else residual.dtype
         return y
 
@@ -102,7 +110,7 @@ class NormGeluLinear(torch.autograd.Function):
                 grad_y, *ctx.saved_tensors, *ctx.settings, wants
             )
         residual = grad_y.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
-        return *_asked(found, wants), residual, *[None] * 7
+        return *_asked(found, wants), residual, *[None] * 8
 
 
 class SharedLinear(torch.autograd.Function):
@@ -157,25 +165,29 @@ def _asked(found: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor | None
 _PARAMETERS = "Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias"
 for _name, _schema in {
     "norm_gelu_fwd": "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool tanh, "
-    "ScalarType dtype) -> (Tensor y, Tensor mean, Tensor rstd)",
+    "ScalarType dtype, bool triton) -> (Tensor y, Tensor mean, Tensor rstd)",
     "norm_gelu_bwd": "(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor? weight, "
-    "Tensor? bias, bool tanh, float eps, bool[] wants) -> (Tensor, Tensor, Tensor)",
-    "linear_gelu_fwd": "(Tensor x, Tensor weight, Tensor? bias, bool tanh, ScalarType dtype) "
-    "-> (Tensor y, Tensor pre)",
+    "Tensor? bias, bool tanh, float eps, bool triton, bool[] wants) -> (Tensor, Tensor, Tensor)",
+    "linear_gelu_fwd": "(Tensor x, Tensor weight, Tensor? bias, bool tanh, ScalarType dtype, "
+    "bool triton) -> (Tensor y, Tensor pre)",
     "linear_gelu_bwd": "(Tensor grad_y, Tensor pre, Tensor x, Tensor weight, Tensor? bias, "
-    "bool tanh, bool[] wants) -> (Tensor, Tensor, Tensor)",
+    "bool tanh, bool triton, bool[] wants) -> (Tensor, Tensor, Tensor)",
     "norm_gelu_linear_fwd": f"(Tensor x, {_PARAMETERS}, Tensor? residual, bool skip, "
-    "bool normalise, float eps, bool tanh, ScalarType dtype, ScalarType out_dtype, bool keep) "
-    "-> (Tensor y, Tensor mean, Tensor rstd, Tensor kept)",
+    "bool normalise, float eps, bool tanh, ScalarType dtype, ScalarType out_dtype, bool keep, "
+    "bool triton) -> (Tensor y, Tensor mean, Tensor rstd, Tensor kept)",
     "norm_gelu_linear_bwd": "(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor kept, "
     f"{_PARAMETERS}, bool skip, bool normalise, float eps, bool tanh, ScalarType dtype, "
-    "bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool triton, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "shared_linear_fwd": "(Tensor x, Tensor[] weights, Tensor?[] biases, ScalarType dtype) "
     "-> Tensor[]",
     "shared_linear_bwd": "(Tensor[] grads, Tensor x, Tensor[] weights, Tensor?[] biases, "
     "ScalarType dtype, bool[] wants) -> Tensor[]",
 }.items():
     torch.library.define(f"fastagglo::{_name}", _schema)
+
+
+def _path(triton: bool) -> Any:
+    return mlp_triton if triton else mlp_torch
 
 
 def _given(like: Tensor, gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
@@ -194,18 +206,20 @@ def _shapes(
 
 @torch.library.impl("fastagglo::norm_gelu_fwd", "default")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return mlp_torch.norm_gelu(*arguments)
+    *arguments, triton = arguments
+    return _path(triton).norm_gelu(*arguments)
 
 
 @torch.library.register_fake("fastagglo::norm_gelu_fwd")
 def _(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
     stats = (x.new_empty(x.shape[0], dtype=mlp_torch.wider(x.dtype)) for _ in range(2))
-    return x.new_empty(x.shape, dtype=others[-1]), *stats
+    return x.new_empty(x.shape, dtype=others[-2]), *stats
 
 
 @torch.library.impl("fastagglo::norm_gelu_bwd", "default")
 def _(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _given(grad_y, mlp_torch.norm_gelu_backward(grad_y, *arguments))
+    *arguments, triton, wants = arguments
+    return _given(grad_y, _path(triton).norm_gelu_backward(grad_y, *arguments, wants))
 
 
 @torch.library.register_fake("fastagglo::norm_gelu_bwd")
@@ -215,18 +229,20 @@ def _(grad_y: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, *others: Any) -> tu
 
 @torch.library.impl("fastagglo::linear_gelu_fwd", "default")
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    return mlp_torch.linear_gelu(*arguments)
+    *arguments, triton = arguments
+    return tuple(_path(triton).linear_gelu(*arguments))
 
 
 @torch.library.register_fake("fastagglo::linear_gelu_fwd")
 def _(x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
     shape = (x.shape[0], weight.shape[0])
-    return tuple(x.new_empty(shape, dtype=others[-1]) for _ in range(2))
+    return tuple(x.new_empty(shape, dtype=others[-2]) for _ in range(2))
 
 
 @torch.library.impl("fastagglo::linear_gelu_bwd", "default")
 def _(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _given(grad_y, mlp_torch.linear_gelu_backward(grad_y, *arguments))
+    *arguments, triton, wants = arguments
+    return _given(grad_y, _path(triton).linear_gelu_backward(grad_y, *arguments, wants))
 
 
 @torch.library.register_fake("fastagglo::linear_gelu_bwd")
@@ -236,13 +252,15 @@ def _(grad_y: Tensor, pre: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 @torch.library.impl("fastagglo::norm_gelu_linear_fwd", "default")
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    parameters, residual, skip, more = arguments[:4], *arguments[4:6], arguments[6:]
-    return mlp_torch.norm_gelu_linear(x, *parameters, x if skip else residual, *more)
+    *parameters, residual, skip = arguments[:6]
+    *settings, triton = arguments[6:]
+    residual = x if skip else residual
+    return _path(triton).norm_gelu_linear(x, *parameters, residual, *settings)
 
 
 @torch.library.register_fake("fastagglo::norm_gelu_linear_fwd")
 def _(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    weight, normalise, (dtype, out_dtype, keep) = others[2], others[6], others[-3:]
+    weight, normalise, (dtype, out_dtype, keep) = others[2], others[6], others[-4:-1]
     rows, wide = x.shape[0], mlp_torch.wider(x.dtype)
     y = x.new_empty((rows, weight.shape[0]), dtype=out_dtype)
     stats = (x.new_empty(rows if normalise else 0, dtype=wide) for _ in range(2))
@@ -251,7 +269,8 @@ def _(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
 
 @torch.library.impl("fastagglo::norm_gelu_linear_bwd", "default")
 def _(grad_y: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    return _given(grad_y, mlp_torch.norm_gelu_linear_backward(grad_y, *arguments))
+    *arguments, triton, wants = arguments
+    return _given(grad_y, _path(triton).norm_gelu_linear_backward(grad_y, *arguments, wants))
 
 
 @torch.library.register_fake("fastagglo::norm_gelu_linear_bwd")

@@ -307,21 +307,23 @@ def test_opcheck(dtype: torch.dtype) -> None:
     weight, bias, residual = draw(OUT, WIDTH, dtype=dtype), draw(OUT, dtype=dtype), y
     half = torch.bfloat16
     mean, rstd = torch.randn(6), torch.rand(6)
-    check(ops.norm_gelu_fwd.default, (x, gamma, None, 1e-5, False, half))
-    check(ops.norm_gelu_bwd.default, (x, x, mean, rstd, gamma, None, True, 1e-5, [True] * 3))
-    check(ops.linear_gelu_fwd.default, (x, weight, bias, False, half))
+    check(ops.norm_gelu_fwd.default, (x, gamma, None, 1e-5, False, half, False))
+    check(ops.norm_gelu_bwd.default, (x, x, mean, rstd, gamma, None, True, 1e-5, False, [True] * 3))
+    check(ops.linear_gelu_fwd.default, (x, weight, bias, False, half, False))
     pre = residual.to(half)
-    check(ops.linear_gelu_bwd.default, (pre, pre, x, weight, bias, True, [True, False, True]))
+    check(
+        ops.linear_gelu_bwd.default, (pre, pre, x, weight, bias, True, False, [True, False, True])
+    )
     for keep, skip in ((False, False), (True, False), (False, True)):
         w, c = (weight[:, :OUT], bias) if skip else (weight, bias)
         given = y if skip else x
         norms = (None, None) if skip else (gamma, beta)
         settings = (skip, not skip, 1e-5, False, half)
         arguments = (given, *norms, w, c, None if skip or keep else residual, *settings)
-        check(ops.norm_gelu_linear_fwd.default, (*arguments, dtype, keep))
+        check(ops.norm_gelu_linear_fwd.default, (*arguments, dtype, keep, False))
         act = given.to(half) if keep else given.new_empty(0, given.shape[1], dtype=half)
         kept = (given, mean, rstd, act, *norms, w, c)
-        check(ops.norm_gelu_linear_bwd.default, (residual, *kept, *settings, [True] * 5))
+        check(ops.norm_gelu_linear_bwd.default, (residual, *kept, *settings, False, [True] * 5))
     lists = ([weight, weight], [bias, None])
     check(ops.shared_linear_fwd.default, (x, *lists, half))
     upstream = [residual.to(half)] * 2
