@@ -19,23 +19,24 @@ import triton.language as tl
 from torch import Tensor
 
 from fastagglo.kernels import loss_table
+from fastagglo.kernels.loss_geometry import count_kernel, weigh_kernel
 from fastagglo.kernels.loss_kernels import (
     collect_kernel,
     compare_kernel,
-    count_kernel,
     scale_kernel,
     spread_kernel,
-    weigh_kernel,
 )
 
 KINDS = ("mse", "smooth_l1", "cosine", "cosine_smooth_l1", "angular")
 BY_CHANNEL = ("mse", "smooth_l1")  # these need no whole token at once
 
-# Tokens and channels of a block, 8 elements a thread: four warps read 256 channels of four tokens,
-# or more channels of fewer. A loss that needs whole tokens holds as many blocks of both sides as a
-# token has; more than five are more than the registers hold.
-BLOCKS = ((4, 256), (2, 512), (1, 1024))
-MOST_BLOCKS = 3
+# Tokens and channels of a block, and warps: 8 elements a thread. Losses by channel go through a
+# token in blocks of a width that wastes little of usual ones; others hold as many blocks of both
+# sides as a token has, and more than four are more than the registers hold.
+CHANNEL_BLOCK = (4, 256, 4)
+BLOCKS = ((4, 256, 4), (2, 512, 4), (2, 1024, 8))
+MOST_BLOCKS = 4
+MOST_REGISTERS = 255  # without a limit the compiler spills some for a program more in a SM
 MOST_CHANNELS = 8192
 TOKENS = 16  # of a program: it reads its column of the table once
 MOST_TOKENS = 2**31 - 1
@@ -122,11 +123,37 @@ def unable(prediction: Tensor, target: Tensor, cells: int) -> str | None:
     for name, x in (("predictions", prediction), ("targets", target)):
         if x.dtype not in _TYPES:
             return f"{name} in {x.dtype}"
+    cells = max(cells, prediction.shape[1:-1].numel())
     if prediction.shape[-1] > MOST_CHANNELS:
         return f"{prediction.shape[-1]} channels, more than {MOST_CHANNELS}"
     if prediction.shape[0] * cells > MOST_TOKENS:
         return f"{prediction.shape[0] * cells} tokens in a term, more than {MOST_TOKENS}"
     return None
+
+
+def traffic(terms: Sequence[Term]) -> int:
+    """Bytes of features and of their gradients that :func:`forward` loads and stores.
+
+    Counted by what its programs ask for, of caches or of memory, if every token is valid; those
+    that masks and shifts leave out are not read. A plain term moves each element of prediction,
+    target and gradient once. A side that is resampled is read in four places a token; a resized
+    prediction with its gradient once more, for each cell that a token shares in. A :func:`backward`
+    with another factor than the term's weight reads and writes the gradients again.
+    """
+    total = 0
+    for term in terms:
+        x, y = term.prediction, term.target
+        of_x = x.element_size() * (4 if term.resizes_prediction else 1)
+        of_both = of_x + y.element_size() * (4 if term.resamples_target else 1)
+        elements = term.tokens * of_both
+        if term.wants_gradient:
+            kept = torch.float32 if x.dtype == torch.float16 else x.dtype
+            elements += _cells(term) * kept.itemsize
+            if term.resizes_prediction:
+                rows = _shares(term.rows, x.shape[1])
+                elements += term.images * rows * _shares(term.columns, x.shape[2]) * of_both
+        total += elements * x.shape[3]
+    return total
 
 
 def kept_gradient(prediction: Tensor) -> Tensor:
@@ -163,11 +190,11 @@ def forward(terms: Sequence[Term]) -> Losses:
     groups: dict[tuple[Any, ...], list[int]] = {}
     for i, term in enumerate(terms):
         x, y = term.prediction, term.target
-        groups.setdefault((x.dtype, y.dtype, _block(x.shape[3]), _aligned(term)), []).append(i)
+        groups.setdefault((x.dtype, y.dtype, _aligned(term)), []).append(i)
     searched, n = loss_table.padded(len(terms)), len(terms)
 
     with _on_device(like):
-        for i, ((x, t, block, aligned), members) in enumerate(groups.items()):
+        for i, ((x, t, aligned), members) in enumerate(groups.items()):
             columns = [dict(column) for column in base]
             compared = [-(-tokens[j] // TOKENS) if j in members else 0 for j in range(n)]
             cells = [_cells(terms[j]) if j in members and spread[j] else 0 for j in range(n)]
@@ -189,13 +216,13 @@ def forward(terms: Sequence[Term]) -> Losses:
             }
             if sum(compared):
                 chosen = [terms[j] for j in members]
-                whole = [t.prediction.shape[3] for t in chosen if t.kind not in BY_CHANNEL]
+                rows, width, warps, chunks = _blocks(chosen)
                 compare_kernel[(sum(compared),)](
                     table, factors, losses, kept, n, **settings,
-                    TOKENS=TOKENS, ROWS=block[0], BLOCK=block[1],
-                    CHUNKS=-(-max(whole, default=0) // block[1]),
+                    TOKENS=TOKENS, ROWS=rows, BLOCK=width, CHUNKS=chunks,
                     RESAMPLE_X=any(t.resizes_prediction for t in chosen),
                     RESAMPLE_T=any(t.resamples_target for t in chosen),
+                    num_warps=warps, maxnreg=MOST_REGISTERS,
                 )  # fmt: skip
             if sum(cells):
                 spread_kernel[(sum(cells),)](table, kept, n, **settings, BLOCK=1024)
@@ -231,7 +258,9 @@ def backward(
     for i, (gradient, out) in enumerate(zip(gradients, outs, strict=True)):
         if gradient.numel():
             in_place = gradient.data_ptr() == out.data_ptr()
-            aligned = gradient[0].numel() % 8 == 0
+            aligned = gradient[0].numel() % 8 == 0 and not (
+                gradient.data_ptr() % 16 or out.data_ptr() % 16
+            )
             groups.setdefault((gradient.dtype, out.dtype, in_place, aligned), []).append(i)
     for (kept, wide, in_place, aligned), members in groups.items():
         columns: list[dict[str, int]] = [{} for _ in images]
@@ -263,7 +292,11 @@ def _readable(term: Term) -> Term:
     for name in ("mean", "scale", "weight", "denominator", "dispersion"):
         value = getattr(term, name)
         if isinstance(value, Tensor):
-            changed[name] = value.to(torch.float32)
+            value = value.to(torch.float32)
+            if name == "mean" or (name == "scale" and value.dim()):
+                value = value.expand(x.shape[3]).contiguous()
+                value = value.clone() if value.data_ptr() % 16 else value
+            changed[name] = value
     return replace(term, **changed)
 
 
@@ -275,13 +308,25 @@ def _aligned(term: Term) -> bool:
     )
 
 
-def _block(channels: int) -> tuple[int, int]:
+def _blocks(terms: Sequence[Term]) -> tuple[int, int, int, int]:
+    """Rows, channels and warps of a block for terms of one launch, and how many hold a token."""
+    channels = max((t.prediction.shape[3] for t in terms if t.kind not in BY_CHANNEL), default=0)
+    if not channels:
+        return (*CHANNEL_BLOCK, 0)
     fitting = (block for block in BLOCKS if channels <= MOST_BLOCKS * block[1])
-    return next(fitting, BLOCKS[-1])
+    rows, width, warps = next(fitting, BLOCKS[-1])
+    return rows, width, warps, -(-channels // width)
 
 
 def _cells(term: Term) -> int:
     return term.prediction.shape[:3].numel()
+
+
+def _shares(cells: int, source: int) -> int:
+    """Of how many cells of a resized axis ``cells`` take a share; see ``sampling.taps``."""
+    place = (torch.arange(cells, dtype=torch.float64) + 0.5) * (source / cells) - 0.5
+    place = place.clamp(0, source - 1)
+    return cells + int(((place - place.round()).abs() >= 1e-6).sum())
 
 
 def _column(term: Term, gradient: Tensor | None) -> dict[str, int]:
@@ -310,9 +355,9 @@ def _column(term: Term, gradient: Tensor | None) -> dict[str, int]:
             column[name] = z.data_ptr()
             strides = zip(("image", "row", "column"), z.stride(), strict=False)
             column |= {f"{name}_{axis}": stride for axis, stride in strides}
-    for name, z in (("mean", term.mean), ("scale", term.scale)):
-        if z is not None:
-            column |= {name: z.data_ptr(), f"{name}_stride": z.stride(0) if z.dim() else 0}
+    if term.mean is not None and term.scale is not None:
+        column["mean"] = term.mean.data_ptr()
+        column["scale" if term.scale.dim() else "one_scale"] = term.scale.data_ptr()
     if term.shift is not None:
         shift = term.shift
         column |= {"shift": shift.data_ptr(), "shift_stride": 2 if len(shift) > 1 else 0}

@@ -17,6 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from fastagglo.kernels.loss_geometry import cell_of, count_of, target_resampled, target_taps
 from fastagglo.kernels.loss_table import field, number, size, term_of, wide
 from fastagglo.kernels.sampling import read, share_of, taps
 
@@ -28,134 +29,6 @@ COSINE_SMOOTH_L1 = tl.constexpr(3)
 COSINE_SHARE = tl.constexpr(0.9)  # of cosine_smooth_l1: AM-RADIO, arXiv 2312.06709
 EPS = tl.constexpr(1e-8)  # a shorter vector has no direction
 COSINE_LIMIT = tl.constexpr(1 - 1e-6)  # of "angular": the slope of arccos has no bound at +-1
-
-
-# --- which tokens count, and for how much ---------------------------------------------------------
-
-
-@triton.jit
-def _cell(table, terms, term, token):
-    """Image, row and column of a comparison cell."""
-    rows = size(table, terms, term, "rows")
-    columns = size(table, terms, term, "columns")
-    image = token // (rows * columns)
-    cell = token - image * (rows * columns)
-    row = cell // columns
-    return image, row, cell - row * columns
-
-
-@triton.jit
-def _target_resampled(table, terms, term):
-    rows = size(table, terms, term, "rows") != size(table, terms, term, "target_rows")
-    columns = size(table, terms, term, "columns") != size(table, terms, term, "target_columns")
-    return rows | columns | (field(table, terms, term, "shift") != 0)
-
-
-@triton.jit
-def _target_taps(table, terms, term, image, row, column, live, RESAMPLE: tl.constexpr):
-    """How tokens (R,) read the target: taps of rows and of columns, and which tokens count."""
-    by_row = (row, row, row.to(tl.float32) * 0)
-    by_column = (column, column, row.to(tl.float32) * 0)
-    if RESAMPLE:
-        shift = field(table, terms, term, "shift")
-        if _target_resampled(table, terms, term):
-            down = row.to(tl.float64) * 0
-            right = down
-            if shift != 0:
-                place = shift.to(tl.pointer_type(tl.float64))
-                place += image * size(table, terms, term, "shift_stride")
-                down = tl.load(place, mask=live, other=0.0)
-                right = tl.load(place + 1, mask=live, other=0.0)
-            step = wide(table, terms, term, "row_step")
-            ratio = wide(table, terms, term, "row_ratio")
-            source = size(table, terms, term, "target_rows")
-            low, high, weight, inside = taps(row, step, ratio, source, down)
-            by_row = (low, high, weight)
-            live = live & inside
-            step = wide(table, terms, term, "column_step")
-            ratio = wide(table, terms, term, "column_ratio")
-            source = size(table, terms, term, "target_columns")
-            low, high, weight, inside = taps(column, step, ratio, source, right)
-            by_column = (low, high, weight)
-            live = live & inside
-    valid = field(table, terms, term, "valid")
-    if valid != 0:
-        cells = valid.to(tl.pointer_type(tl.int8))
-        cells += image * field(table, terms, term, "valid_image")
-        row_stride = field(table, terms, term, "valid_row")
-        column_stride = field(table, terms, term, "valid_column")
-        # Both taps are one cell where a weight is zero: a cell without a share may be invalid.
-        for i in tl.static_range(2 if RESAMPLE else 1):
-            for j in tl.static_range(2 if RESAMPLE else 1):
-                cell = cells + by_row[i] * row_stride + by_column[j] * column_stride
-                live = live & (tl.load(cell, mask=live, other=0) != 0)
-    return by_row, by_column, live
-
-
-@triton.jit
-def count_kernel(table, counts, terms, TERMS: tl.constexpr, BLOCK: tl.constexpr):
-    """Valid tokens (I,) of the images of terms with a mask or a shift, in fp32."""
-    term, image = term_of(table, terms, tl.program_id(0), "count_start", TERMS)
-    cells = size(table, terms, term, "rows") * size(table, terms, term, "columns")
-    total = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, cells, BLOCK):
-        cell = first + tl.arange(0, BLOCK)
-        _, row, column = _cell(table, terms, term, cell)
-        images = cell.to(tl.int64) * 0 + image
-        _, _, live = _target_taps(table, terms, term, images, row, column, cell < cells, True)
-        total += live.to(tl.int32)
-    place = field(table, terms, term, "first_image") + image
-    tl.store(counts + place, tl.sum(total, 0).to(tl.float32))
-
-
-@triton.jit
-def _count(table, counts, terms, term, image, live):
-    """Valid tokens of images, fp32."""
-    cells = size(table, terms, term, "rows") * size(table, terms, term, "columns")
-    count = tl.zeros_like(image).to(tl.float32) + cells
-    counted = field(table, terms, term, "valid") | field(table, terms, term, "shift")
-    if counted != 0:
-        place = counts + field(table, terms, term, "first_image") + image
-        count = tl.load(place, mask=live, other=0.0)
-    return tl.where(live, count, 0.0)
-
-
-@triton.jit
-def weigh_kernel(
-    table, counts, image_weights, shares, factors, term_weights, terms, BLOCK: tl.constexpr
-):
-    """What images count for, (I,) each, and the factor that the gradients have of the term, (n,).
-
-    The square root of the valid tokens' number, the image's share of its term, the factor of a
-    token's gradient.
-    """
-    term = tl.program_id(0)
-    images = size(table, terms, term, "images")
-    first = field(table, terms, term, "first_image")
-    total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, images, BLOCK):
-        image = start + tl.arange(0, BLOCK)
-        live = image < images
-        weight = tl.sqrt_rn(_count(table, counts, terms, term, image, live))
-        tl.store(image_weights + first + image, weight, mask=live)
-        total += weight
-    denominator = number(table, terms, term, "denominator")
-    if denominator < 0:  # none is given
-        denominator = tl.sum(total, 0)
-    denominator = tl.where(denominator == 0, 1.0, denominator)
-    term_weight = number(table, terms, term, "weight")
-    # The total does not see a term of weight 0, but something else may.
-    term_weight = tl.where(term_weight == 0, 1.0, term_weight)
-    tl.store(term_weights + term, term_weight)
-    dispersion = number(table, terms, term, "dispersion")
-    for start in range(0, images, BLOCK):
-        image = start + tl.arange(0, BLOCK)
-        live = image < images
-        count = _count(table, counts, terms, term, image, live)
-        share = tl.sqrt_rn(count) / denominator
-        tl.store(shares + first + image, share, mask=live)
-        factor = term_weight * share / (tl.maximum(count, 1.0) * dispersion)
-        tl.store(factors + first + image, factor, mask=live)
 
 
 # --- one token ------------------------------------------------------------------------------------
@@ -177,45 +50,70 @@ def _arccos(x):
 
 
 @triton.jit
-def _source(
-    table, terms, term, image, by_row, by_column,
-    NAME: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr,
-):  # fmt: skip
-    """Where and how images' features are read; see ``sampling.read``."""
+def _features(table, terms, term, NAME: tl.constexpr, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Where features begin, and the strides of their images, rows and columns."""
     pointer = field(table, terms, term, NAME).to(tl.pointer_type(TYPE))
     of_image = field(table, terms, term, NAME + "_image")
     of_row = field(table, terms, term, NAME + "_row")
     of_column = field(table, terms, term, NAME + "_column")
-    if ALIGNED:  # what Triton cannot see in a table: loads of 16 bytes
+    if ALIGNED:
+        # What Triton cannot see in a table: loads of 16 bytes. A hint to what comes out of a load
+        # is lost on the way, a product is not.
         pointer = tl.multiple_of(pointer, 16)
-        of_image = tl.multiple_of(of_image, 8)
-        of_row = tl.multiple_of(of_row, 8)
-        of_column = tl.multiple_of(of_column, 8)
+        of_image = of_image // 8 * 8
+        of_row = of_row // 8 * 8
+        of_column = of_column // 8 * 8
+    return pointer, of_image, of_row, of_column
+
+
+@triton.jit
+def _source(features, image, by_row, by_column):
+    """How images (R,) of features are read; see ``sampling.read``."""
+    pointer, of_image, of_row, of_column = features
     return pointer + image.to(tl.int64) * of_image, of_row, of_column, by_row, by_column
 
 
 @triton.jit
-def _normalised(table, terms, term, t, channels, inside):
+def _normaliser(table, terms, term):
+    """What :func:`_normalised` wants to know: addresses, and one over a scale of all channels."""
+    one_scale = field(table, terms, term, "one_scale")
+    inverse = 1.0
+    if one_scale != 0:
+        inverse = 1.0 / tl.load(one_scale.to(tl.pointer_type(tl.float32)))
+    return field(table, terms, term, "mean"), field(table, terms, term, "scale"), inverse
+
+
+@triton.jit
+def _normalised(t, normaliser, channels, inside, ALIGNED: tl.constexpr):
     """(t - mean) / scale of a target (R, B), if the term has them."""
-    mean = field(table, terms, term, "mean")
+    mean, scale, inverse = normaliser
     if mean != 0:
+        # One for each token of the block: else they would go through shared memory.
+        places = tl.broadcast_to(channels[None, :], t.shape)
         means = mean.to(tl.pointer_type(tl.float32))
-        means += channels * size(table, terms, term, "mean_stride")
-        t -= tl.load(means, mask=inside, other=0.0)[None, :]
-        scales = field(table, terms, term, "scale").to(tl.pointer_type(tl.float32))
-        scales += channels * size(table, terms, term, "scale_stride")
-        t *= (1.0 / tl.load(scales, mask=inside, other=1.0))[None, :]
+        if ALIGNED:
+            means = tl.multiple_of(means, 16)
+        t -= tl.load(means + places, mask=inside[None, :], other=0.0)
+        if scale != 0:
+            scales = scale.to(tl.pointer_type(tl.float32))
+            if ALIGNED:
+                scales = tl.multiple_of(scales, 16)
+            t *= 1.0 / tl.load(scales + places, mask=inside[None, :], other=1.0)
+        else:
+            t *= inverse
     return t
 
 
 @triton.jit
-def _slope(difference, kind, beta):
-    """Of the part of a loss that looks at channels singly, in units that its coefficient has."""
+def _slope(difference, kind, limit, inverse):
+    """Of the part of a loss that looks at channels singly, in units that its coefficient has.
+
+    ``limit`` is beta, but not 0, and ``inverse`` one over it.
+    """
     if kind == 0:
         slope = difference
     else:
-        limit = tl.maximum(beta, 1e-30)
-        slope = tl.minimum(tl.maximum(difference, -limit), limit) / limit
+        slope = tl.minimum(tl.maximum(difference, -limit), limit) * inverse
         # min and max drop NaN.
         slope = tl.where(difference == difference, slope, difference)
     return slope
@@ -231,6 +129,8 @@ def _smooth_l1(difference, slope, beta):
 def _direction(kind, dot, norm_x, norm_t):
     """Loss of tokens (R,) by their angle, and the factors of x and of t in its gradient."""
     no_direction = (norm_x <= EPS) | (norm_t <= EPS)
+    # Beside a vector of zeros NaN is to be seen, too.
+    no_direction &= (norm_x == norm_x) & (norm_t == norm_t)
     product = tl.where(no_direction, 1.0, norm_x) * tl.where(no_direction, 1.0, norm_t)
     cosine = tl.where(no_direction, 0.0, dot / product)
     # min and max drop NaN, which is to be seen.
@@ -258,14 +158,12 @@ def _direction(kind, dot, norm_x, norm_t):
 
 @triton.jit
 def _store_gradient(
-    table, terms, term, token, channels, value, inside, TYPE: tl.constexpr, ALIGNED: tl.constexpr
+    gradient, width, token, channels, value, inside, TYPE: tl.constexpr, ALIGNED: tl.constexpr
 ):
-    """Store the gradient (R, B) of a prediction that is compared cell by cell."""
-    gradient = field(table, terms, term, "gradient").to(tl.pointer_type(TYPE))
-    width = size(table, terms, term, "channels")
+    """Store the gradient (R, B) of cells of a prediction."""
+    gradient = gradient.to(tl.pointer_type(TYPE))
     if ALIGNED:
         gradient = tl.multiple_of(gradient, 16)
-        width = tl.multiple_of(width, 8)
     rows = gradient + token.to(tl.int64) * width
     tl.store(rows[:, None] + channels[None, :], value.to(TYPE), mask=inside)
 
@@ -288,29 +186,34 @@ def compare_kernel(
     term, part = term_of(table, terms, tl.program_id(0), "compare_start", TERMS)
     width = size(table, terms, term, "channels")
     if ALIGNED:
-        width = tl.multiple_of(width, 8)
+        width = width // 8 * 8
     kind = size(table, terms, term, "kind")
     beta = size(table, terms, term, "beta_bits").to(tl.float32, bitcast=True)
-    tokens = size(table, terms, term, "images") * (
-        size(table, terms, term, "rows") * size(table, terms, term, "columns")
-    )
+    limit = tl.maximum(beta, 1e-30)
+    inverse = 1.0 / limit
+    rows = size(table, terms, term, "rows")
+    columns = size(table, terms, term, "columns")
+    tokens = size(table, terms, term, "images") * (rows * columns)
     x_rows = size(table, terms, term, "prediction_rows")
     x_columns = size(table, terms, term, "prediction_columns")
-    x_resampled = (size(table, terms, term, "rows") != x_rows) | (
-        size(table, terms, term, "columns") != x_columns
-    )
-    t_resampled = _target_resampled(table, terms, term)
-    has_gradient = field(table, terms, term, "gradient") != 0
+    x_resampled = (rows != x_rows) | (columns != x_columns)
+    t_resampled = target_resampled(table, terms, term)
+    x_features = _features(table, terms, term, "prediction", X, ALIGNED)
+    t_features = _features(table, terms, term, "target", T, ALIGNED)
+    normaliser = _normaliser(table, terms, term)
+    gradient = field(table, terms, term, "gradient")
+    has_gradient = gradient != 0
     first_image = field(table, terms, term, "first_image")
     losses += field(table, terms, term, "first_token")
     coefficients += field(table, terms, term, "first_coefficient") * 3
     scale = 1.0 / width.to(tl.float32)
 
-    for first in range(0, TOKENS, ROWS):
-        token = (part * TOKENS).to(tl.int32) + first + tl.arange(0, ROWS)
+    begin = (part * TOKENS).to(tl.int32)
+    for first in range(0, tl.minimum(tokens - begin, TOKENS), ROWS):
+        token = begin + first + tl.arange(0, ROWS)
         here = token < tokens
-        image, row, column = _cell(table, terms, term, token)
-        t_row, t_column, live = _target_taps(
+        image, row, column = cell_of(token, rows, columns)
+        t_row, t_column, live = target_taps(
             table, terms, term, image, row, column, here, RESAMPLE_T
         )
         x_row = (row, row, row.to(tl.float32) * 0)
@@ -324,8 +227,8 @@ def compare_kernel(
                 step = wide(table, terms, term, "column_step")
                 low, high, weight, _ = taps(column, step, 1.0, x_columns, none)
                 x_column = (low, high, weight)
-        xs = _source(table, terms, term, image, x_row, x_column, "prediction", X, ALIGNED)
-        ts = _source(table, terms, term, image, t_row, t_column, "target", T, ALIGNED)
+        xs = _source(x_features, image, x_row, x_column)
+        ts = _source(t_features, image, t_row, t_column)
         factor = tl.load(factors + first_image + image, mask=live, other=0.0)
         writes = has_gradient & (not x_resampled)
 
@@ -334,15 +237,15 @@ def compare_kernel(
         of_t = tl.zeros((ROWS,), tl.float32)
         of_slope = factor * scale * tl.where(kind == 0, 2.0, 1.0)
         if kind <= SMOOTH_L1:
-            for start in range(0, width, 2 * BLOCK):
-                channels = start + tl.arange(0, 2 * BLOCK)
+            for start in range(0, width, BLOCK):
+                channels = start + tl.arange(0, BLOCK)
                 inside = channels < width
                 both = live[:, None] & inside[None, :]
                 x = read(xs, channels, both, x_resampled, RESAMPLE_X)
                 t = read(ts, channels, both, t_resampled, RESAMPLE_T)
-                t = _normalised(table, terms, term, t, channels, inside)
+                t = _normalised(t, normaliser, channels, inside, ALIGNED)
                 difference = tl.where(both, x - t, 0.0)
-                slope = _slope(difference, kind, beta)
+                slope = _slope(difference, kind, limit, inverse)
                 if kind == 0:
                     loss += tl.sum(difference * difference, 1)
                 else:
@@ -350,9 +253,7 @@ def compare_kernel(
                 if writes:
                     both = here[:, None] & inside[None, :]
                     value = slope * of_slope[:, None]
-                    _store_gradient(
-                        table, terms, term, token, channels, value, both, G, ALIGNED
-                    )  # fmt: skip
+                    _store_gradient(gradient, width, token, channels, value, both, G, ALIGNED)
             loss *= scale
         elif CHUNKS > 0:
             x_blocks = ()
@@ -366,36 +267,38 @@ def compare_kernel(
                 both = live[:, None] & inside[None, :]
                 x = read(xs, channels, both, x_resampled, RESAMPLE_X)
                 t = read(ts, channels, both, t_resampled, RESAMPLE_T)
-                t = tl.where(both, _normalised(table, terms, term, t, channels, inside), 0.0)
+                t = _normalised(t, normaliser, channels, inside, ALIGNED)
+                t = tl.where(both, t, 0.0)
                 x_blocks = x_blocks + (x,)
                 t_blocks = t_blocks + (t,)
                 square_x += tl.sum(x * x, 1)
                 square_t += tl.sum(t * t, 1)
                 dot += tl.sum(x * t, 1)
                 if kind == COSINE_SMOOTH_L1:
-                    loss += tl.sum(_smooth_l1(x - t, _slope(x - t, kind, beta), beta), 1)
+                    slope = _slope(x - t, kind, limit, inverse)
+                    loss += tl.sum(_smooth_l1(x - t, slope, beta), 1)
             by_angle, of_x, of_t = _direction(kind, dot, tl.sqrt_rn(square_x), tl.sqrt_rn(square_t))
-            loss = by_angle + loss * (scale * (1.0 - COSINE_SHARE))
+            loss = tl.where(live, by_angle + loss * (scale * (1.0 - COSINE_SHARE)), 0.0)
             of_x *= factor
             of_t *= factor
             of_slope = tl.where(kind == COSINE_SMOOTH_L1, of_slope * (1.0 - COSINE_SHARE), 0.0)
             if writes:
                 for chunk in tl.static_range(CHUNKS):
                     channels = chunk * BLOCK + tl.arange(0, BLOCK)
-                    value = x_blocks[chunk] * of_x[:, None] + t_blocks[chunk] * of_t[:, None]
+                    x, t = x_blocks[chunk], t_blocks[chunk]
+                    value = x * of_x[:, None] + t * of_t[:, None]
                     if kind == COSINE_SMOOTH_L1:
-                        slope = _slope(x_blocks[chunk] - t_blocks[chunk], kind, beta)
+                        slope = _slope(x - t, kind, limit, inverse)
                         value += slope * of_slope[:, None]
-                    value = tl.where(live[:, None], value, 0.0)
                     both = here[:, None] & (channels < width)[None, :]
-                    _store_gradient(table, terms, term, token, channels, value, both, G, ALIGNED)
-        tl.store(losses + token, tl.where(live, loss, 0.0), mask=here)
+                    _store_gradient(gradient, width, token, channels, value, both, G, ALIGNED)
+        tl.store(losses + token, loss, mask=here)
         if RESAMPLE_X:
             place = coefficients + token.to(tl.int64) * 3
             keep = here & has_gradient & x_resampled
-            tl.store(place, tl.where(live, of_x, 0.0), mask=keep)
-            tl.store(place + 1, tl.where(live, of_t, 0.0), mask=keep)
-            tl.store(place + 2, tl.where(live, of_slope, 0.0), mask=keep)
+            tl.store(place, of_x, mask=keep)
+            tl.store(place + 1, of_t, mask=keep)
+            tl.store(place + 2, of_slope, mask=keep)
 
 
 # --- the gradient of a resize ---------------------------------------------------------------------
@@ -404,9 +307,10 @@ def compare_kernel(
 @triton.jit
 def _readers(cell, cells, source):
     """The comparison cells that may read ``cell``: from the first to before the last."""
-    ratio = cells.to(tl.float32) / source.to(tl.float32)
-    first = tl.maximum(tl.floor((cell - 0.5) * ratio - 1.5).to(tl.int32), 0)
-    last = tl.minimum(tl.ceil((cell + 1.5) * ratio + 1.5).to(tl.int32), cells)
+    # Cell i has its centre at (i + 0.5) / ratio and reads the centres less than 1 away from it.
+    ratio = cells.to(tl.float64) / source.to(tl.float64)
+    first = tl.maximum(tl.floor((cell - 0.5) * ratio - 0.501).to(tl.int32), 0)
+    last = tl.minimum(tl.ceil((cell + 1.5) * ratio - 0.499).to(tl.int32), cells)
     # Beyond the outermost centres the outermost cell is read.
     return tl.where(cell == 0, 0, first), tl.where(cell == source - 1, cells, last)
 
@@ -425,14 +329,20 @@ def spread_kernel(
     term, part = term_of(table, terms, tl.program_id(0), "spread_start", TERMS)
     width = size(table, terms, term, "channels")
     if ALIGNED:
-        width = tl.multiple_of(width, 8)
+        width = width // 8 * 8
     kind = size(table, terms, term, "kind")
     beta = size(table, terms, term, "beta_bits").to(tl.float32, bitcast=True)
+    limit = tl.maximum(beta, 1e-30)
+    inverse = 1.0 / limit
     rows = size(table, terms, term, "rows")
     columns = size(table, terms, term, "columns")
     x_rows = size(table, terms, term, "prediction_rows")
     x_columns = size(table, terms, term, "prediction_columns")
-    t_resampled = _target_resampled(table, terms, term)
+    t_resampled = target_resampled(table, terms, term)
+    x_features = _features(table, terms, term, "prediction", X, ALIGNED)
+    t_features = _features(table, terms, term, "target", T, ALIGNED)
+    normaliser = _normaliser(table, terms, term)
+    gradient = field(table, terms, term, "gradient")
     coefficients += field(table, terms, term, "first_coefficient") * 3
     cell = part.to(tl.int32)
     at = cell // (x_rows * x_columns)
@@ -465,22 +375,20 @@ def spread_kernel(
                 # Nothing of an invalid token may be read. NaN is not 0.
                 some = (of_x != 0) | (of_t != 0) | (of_slope != 0)
                 if (share != 0) & some:
-                    t_row, t_column, _ = _target_taps(
+                    t_row, t_column, _ = target_taps(
                         table, terms, term, image, one + row, one + column, one == 0, True
                     )
-                    xs = _source(
-                        table, terms, term, image, x_row, x_column, "prediction", X, ALIGNED
-                    )
-                    ts = _source(table, terms, term, image, t_row, t_column, "target", T, ALIGNED)
+                    xs = _source(x_features, image, x_row, x_column)
+                    ts = _source(t_features, image, t_row, t_column)
                     both = (one == 0)[:, None] & inside[None, :]
                     x = read(xs, channels, both, True, True)
                     t = read(ts, channels, both, t_resampled, True)
-                    t = _normalised(table, terms, term, t, channels, inside)
-                    value = of_x * x + of_t * t + of_slope * _slope(x - t, kind, beta)
+                    t = _normalised(t, normaliser, channels, inside, ALIGNED)
+                    value = of_x * x + of_t * t + of_slope * _slope(x - t, kind, limit, inverse)
                     total += share * value
         token = one + (at * x_rows + at_row) * x_columns + at_column
         both = (one == 0)[:, None] & inside[None, :]
-        _store_gradient(table, terms, term, token, channels, total, both, G, ALIGNED)
+        _store_gradient(gradient, width, token, channels, total, both, G, ALIGNED)
 
 
 # --- sums and scaling -----------------------------------------------------------------------------
@@ -508,7 +416,7 @@ def collect_kernel(
             columns = cell + tl.arange(0, BLOCK)
             inside = live[:, None] & (columns < cells)[None, :]
             sums += tl.load(rows[:, None] + columns[None, :], mask=inside, other=0.0)
-        count = _count(table, counts, terms, term, image, live)
+        count = count_of(table, counts, terms, term, image, live)
         mean = tl.sum(sums, 1) / (tl.maximum(count, 1.0) * dispersion)
         tl.store(per_image + first + image, mean, mask=live)
         total += mean * tl.load(shares + first + image, mask=live, other=0.0)
@@ -527,7 +435,7 @@ def scale_kernel(
     gradient = field(table, terms, term, "gradient").to(tl.pointer_type(G))
     out = field(table, terms, term, "out").to(tl.pointer_type(OUT))
     if ALIGNED:
-        elements = tl.multiple_of(elements, 8)
+        elements = elements // 8 * 8
         gradient = tl.multiple_of(gradient, 16)
         out = tl.multiple_of(out, 16)
     parts = (elements + PARTS * BLOCK - 1) // (PARTS * BLOCK)
@@ -536,15 +444,16 @@ def scale_kernel(
     share = tl.load(shares + place)
     held = tl.load(term_weights + term) * share
     wanted = tl.load(grad_per_term + term) * share + tl.load(grad_per_image + place)
-    # An image without a share has no valid token and a gradient of zeros, whatever is wanted.
-    factor = tl.where(held == 0, 1.0, wanted / held)
+    # An image without a share has no valid token and a gradient of zeros, whatever is wanted. A
+    # GPU's quotient of equals may be a bit off 1.
+    factor = tl.where((held == 0) | (wanted == held), 1.0, wanted / held)
     if IN_PLACE:
         nothing_to_do = factor == 1.0
         if nothing_to_do:
             return
     first = part % parts * (PARTS * BLOCK)
-    for i in range(PARTS):
-        offsets = first + i * BLOCK + tl.arange(0, BLOCK)
+    for start in range(first, tl.minimum(first + PARTS * BLOCK, elements), BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
         inside = offsets < elements
         value = tl.load(gradient + (image * elements + offsets), mask=inside).to(tl.float32)
         tl.store(out + (image * elements + offsets), (value * factor).to(OUT), mask=inside)

@@ -18,11 +18,11 @@ from torch import Tensor
 # where there is none. Steps and ratios, see ``sampling.taps``, are the bits of an fp64.
 # "<kernel>_start" is the first program of that launch that works for the term.
 FIELDS = (
-    "prediction", "target", "gradient", "valid", "mean", "scale", "shift",
+    "prediction", "target", "gradient", "valid", "mean", "scale", "one_scale", "shift",
     "prediction_image", "prediction_row", "prediction_column",
     "target_image", "target_row", "target_column",
     "valid_image", "valid_row", "valid_column",
-    "mean_stride", "scale_stride", "shift_stride",
+    "shift_stride",
     "images", "channels", "rows", "columns",
     "prediction_rows", "prediction_columns", "target_rows", "target_columns",
     "row_step", "column_step", "row_ratio", "column_ratio",
@@ -32,7 +32,6 @@ FIELDS = (
     "count_start", "compare_start", "spread_start",
     "out", "elements", "scale_start",
 )  # fmt: skip
-_ROW = {name: row for row, name in enumerate(FIELDS)}
 
 # While a CUDA graph is captured its copies read host memory again at each replay: keep that.
 _captured: list[Tensor] = []
@@ -44,10 +43,8 @@ def build(columns: Iterable[Mapping[str, int]], device: torch.device) -> Tensor:
     The copy does not wait for the device.
     """
     columns = list(columns)
-    table = torch.zeros(len(FIELDS), len(columns), dtype=torch.int64)
-    for term, column in enumerate(columns):
-        for name, value in column.items():
-            table[_ROW[name], term] = value
+    rows = [[column.get(name, 0) for column in columns] for name in FIELDS]
+    table = torch.tensor(rows, dtype=torch.int64)
     if device.type != "cuda":
         return table
     pinned = table.pin_memory()

@@ -29,9 +29,10 @@ def taps(cell, step, ratio, source, shift):
     """
     # fp64: an fp32 position at cell 100 is off by more than SNAP.
     place = ((cell.to(tl.float64) + 0.5) * step - shift) * ratio
-    inside = (place >= -SNAP) & (place <= source + SNAP)
+    end = source.to(tl.float64)  # an int32 and a number make an fp32
+    inside = (place >= -SNAP) & (place <= end + SNAP)
     place = tl.where(inside, place, 0.5) - 0.5
-    place = tl.minimum(tl.maximum(place, 0.0), source - 1.0)
+    place = tl.minimum(tl.maximum(place, 0.0), end - 1.0)
     nearest = tl.floor(place + 0.5)
     place = tl.where(tl.abs(place - nearest) < SNAP, nearest, place)
     low = tl.floor(place)

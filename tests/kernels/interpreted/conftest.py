@@ -20,7 +20,7 @@ collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test
 
 # The modules here share files, which pytest's importlib mode would not find by name.
 sys.path.insert(0, str(Path(__file__).parent))
-pytest.register_assert_rewrite("packed_cases", "merge_cases")
+pytest.register_assert_rewrite("packed_cases", "merge_cases", "loss_cases")
 
 
 @pytest.fixture(autouse=True)
