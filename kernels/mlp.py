@@ -15,7 +15,7 @@ There are no atomics: results are bit-equal from run to run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -135,6 +135,16 @@ class _Work:
     def prologue(self) -> bool:
         return self.norm is not None or self.gelu_in
 
+    @property
+    def aligned(self) -> bool:
+        _, columns, inner = self.sizes
+        matrices = [x for x in (self.x, self.weight, self.extra) if x is not None]
+        vectors = [self.bias, *(self.norm[2:] if self.norm else ())]
+        return _aligned(
+            (columns, inner, *(x.stride(0) for x in matrices)),
+            (*matrices, *(x for x in vectors if x is not None)),
+        )
+
 
 # --- one product ----------------------------------------------------------------------------------
 
@@ -229,7 +239,8 @@ def linear_weight_grad(
     columns = x.new_empty(height if sums else 0, dtype=torch.float32)
     if not rows or not out.numel():
         return out.zero_(), _column_sums(grad_y, columns)
-    tile = tile or gemm_tile("weight", x, norm is not None or gelu_in)
+    aligned = _aligned((height, width, grad_y.stride(0), x.stride(0)), (grad_y, x))
+    tile = tile or gemm_tile("weight", x, norm is not None or gelu_in, aligned)
     tiles = -(-height // tile.rows) * -(-width // tile.columns)
     rows_each = splits(rows, tiles, tile.depth)
     parts = -(-rows // rows_each)
@@ -267,7 +278,8 @@ def _launch(work: _Work, tile: GemmTile | None) -> None:
     if not work.out.numel():
         return
     x, weight, extra = work.x, work.weight, work.extra
-    tile = tile or gemm_tile("linear" if work.transposed else "input", x, work.prologue)
+    kind = "linear" if work.transposed else "input"
+    tile = tile or gemm_tile(kind, x, work.prologue, work.aligned)
     (x_row, x_unit), (w_row, w_unit) = stride_in_units(x), stride_in_units(weight)
     extra_row, extra_unit = (0, 1) if extra is None else stride_in_units(extra)
     n_unit, k_unit = _unit(columns), _unit(inner)
@@ -319,7 +331,7 @@ def _launch_grouped(works: Sequence[_Work], tile: GemmTile | None) -> None:
             groups.setdefault(key, []).append((work, column))
     for (*types, unit, gelu_in, gelu_out, slope, tanh, transposed), members in groups.items():
         first = members[0][0]
-        block = tile or gemm_tile("grouped", first.x, first.prologue)
+        block = tile or gemm_tile("grouped", first.x, first.prologue, unit > 1)
         programs = []
         for work, _ in members:
             rows, columns, _ = work.sizes
@@ -350,10 +362,7 @@ def _column(work: _Work) -> tuple[tuple[Any, ...], dict[str, int]]:
     strides = {"x_row": work.x.stride(0), "w_row": work.weight.stride(0)}
     strides["extra_row"] = 0 if work.extra is None else work.extra.stride(0)
     scaled = {"N": columns, "K": inner} | strides
-    aligned = all(size % STRIDE_UNIT == 0 for size in scaled.values()) and all(
-        x.data_ptr() % 16 == 0 for name, x in there.items() if name not in ("mean", "rstd")
-    )
-    unit = STRIDE_UNIT if aligned else 1
+    unit = STRIDE_UNIT if work.aligned else 1
     column = {name: x.data_ptr() for name, x in there.items()} | {"M": rows}
     column |= {name: size // unit for name, size in scaled.items()}
     names = ("x", "bias", "mean", "ln_weight", "ln_bias", "extra", "pre")
@@ -441,6 +450,13 @@ def _checked_norm(norm: tuple | None, x: Tensor) -> Norm | None:
     check_vectors(x.shape[0], mean=norm.mean, rstd=norm.rstd)
     check_vectors(x.shape[1], norm_weight=norm.weight, norm_bias=norm.bias)
     return norm
+
+
+def _aligned(sizes: Iterable[int], tensors: Iterable[Tensor]) -> bool:
+    """Whether rows of these sizes and strides begin at 16 bytes, for every dtype."""
+    return all(size % STRIDE_UNIT == 0 for size in sizes) and all(
+        x.data_ptr() % 16 == 0 for x in tensors
+    )
 
 
 def _unit(size: int) -> int:

@@ -72,19 +72,24 @@ TILES = {
         "grouped": GemmTile(64, 128, 64, 4, 4),
     },
 }
+# Rows that do not begin at 16 bytes are read number by number, each with an address of its own.
+SCATTERED = GemmTile(64, 64, 32, 8, 2)
 # fp32, by what the product is made of: without tensor cores, and with them.
-EXACT, ROUGH = GemmTile(64, 64, 16, 8, 2), GemmTile(64, 64, 32, 4, 3)
+EXACT, ROUGH = GemmTile(32, 64, 16, 4, 2), GemmTile(64, 64, 32, 4, 3)
 
 
-def gemm_tile(kind: str, x: Tensor, prologue: bool) -> GemmTile:
+def gemm_tile(kind: str, x: Tensor, prologue: bool, aligned: bool) -> GemmTile:
     """The table's blocks for a launch on tensors like ``x``.
 
     Args:
         kind: "linear", "input", "weight" or "grouped".
         prologue: whether there is a LayerNorm or GELU on what is read.
+        aligned: whether all rows begin at 16 bytes.
     """
     if x.dtype == torch.float32:
         return ROUGH if torch.backends.cuda.matmul.fp32_precision == "tf32" else EXACT
+    if not aligned:
+        return SCATTERED
     generation = arch_of(x) // 10
     table = TILES[8 if generation == 12 else min(max(generation, 8), 10)]
     return table.get(f"activated_{kind}", table[kind]) if prologue else table[kind]

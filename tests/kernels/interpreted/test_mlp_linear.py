@@ -13,6 +13,7 @@ from mlp_cases import (
     amid_nan,
     assert_same,
     assert_within_budget,
+    at_the_end_of_memory,
     randn,
 )
 from torch import Tensor
@@ -234,6 +235,20 @@ def test_poisoned_neighbours_change_no_bit(sizes, dtype, margin):
             for case in (inputs, views)
         )
         assert torch.equal(poisoned, clean)
+
+
+@pytest.mark.parametrize("sizes", [(37, 40, 56), (5, 13, 27)], ids=str)
+def test_nothing_beyond_the_last_number_is_read(sizes):
+    inputs = make_inputs(*sizes, torch.float32)
+    ends = {name: at_the_end_of_memory(x) for name, x in inputs.items()}
+    parts = "norm gelu_in bias gelu_out residual pre"
+    assert_same(run_linear(ends, parts), run_linear(inputs, parts))
+    assert_same(run_weight_grad(ends, parts), run_weight_grad(inputs, parts))
+    ends_grad, grad = (
+        kernel.linear_input_grad(case["grad"], case["weight"], gelu_of=case["x"], tile=TILE)
+        for case in (ends, inputs)
+    )
+    assert torch.equal(ends_grad, grad)
 
 
 def test_a_bad_row_stays_one():

@@ -13,6 +13,7 @@ from mlp_cases import (
     amid_nan,
     assert_same,
     assert_within_budget,
+    at_the_end_of_memory,
     randn,
 )
 from torch import Tensor
@@ -179,6 +180,13 @@ def test_poisoned_neighbours_change_no_bit(dtype, margin):
             run_gelu({name: views[name] for name in pick}, True),
             run_gelu({name: inputs[name] for name in pick}, True),
         )
+
+
+def test_nothing_beyond_the_last_number_is_read():
+    inputs = make_inputs(7, 27, torch.float32)
+    ends = {name: at_the_end_of_memory(x) for name, x in inputs.items()}
+    assert_same(run_norm(ends, False), run_norm(inputs, False))
+    assert_same(run_gelu(ends, False), run_gelu(inputs, False))
 
 
 def test_a_bad_row_stays_one(monkeypatch):
