@@ -20,6 +20,7 @@ STYLES = {
     "eager": ("#0072B2", "o"),
     "twin": ("#56B4E9", "s"),
     "compile": ("#009E73", "D"),
+    "kept": ("#CC79A7", "P"),
 }
 PANELS = (
     ("forward", "time", "Forward: time"),
@@ -29,6 +30,7 @@ PANELS = (
 ROWS = {
     "attention": "Rows: student heads×head_dim, batch (segments×rows).",
     "loss": "Rows: images×grid of prediction (->target)×channels.",
+    "heads": "Rows: tokens×channels → hidden → teachers' channels.",
 }
 LONGEST = 30  # characters of a batch that still stand beside its name
 

@@ -35,6 +35,12 @@ NOTES_OF = {
         "compile_s": "the first call of the compiled peer, in a fresh cache",
     },
 }
+NOTES_OF["heads"] = {
+    "tflops": "TFLOP/s of the products at the median",
+    "moved_mb": "what our passes read and write, each tensor of a pass once",
+    "saved_mb": "what autograd keeps for the backward, without x and the parameters",
+    "compile_s": "the first call of the compiled peer, in a fresh cache",
+}
 
 
 def condense(
@@ -96,6 +102,8 @@ def _row(info: Mapping[str, Any], seconds: Sequence[float]) -> dict[str, Any]:
     if "compile_seconds" in info:
         row["compile_s"] = _short(info["compile_seconds"])
     row["memory_mb"] = _short(info["memory_bytes"] / 1e6)
+    if "saved_bytes" in info:
+        row["saved_mb"] = _short(info["saved_bytes"] / 1e6)
     row["input_mb"] = _short(info["input_bytes"] / 1e6)
     return row
 
@@ -111,6 +119,8 @@ def _duel(info: Mapping[str, Any], own: Sequence[float]) -> dict[str, Any]:
                 (ours + info["input_bytes"]) / (theirs + rival["input_bytes"])
             ),
         }
+        if "saved_bytes" in info:
+            ratio["saved"] = _short(info["saved_bytes"] / rival["saved_bytes"])
         row = _row({**info, **rival, "peer": peer}, rival["seconds"])
         rows.append(row | {"ours_over_theirs": ratio})
     return {"case": info["case"], "absent": info["absent"], "rows": rows}
@@ -158,6 +168,7 @@ def summary(
     results: Mapping[str, Any],
     targets: Mapping[tuple[str, str], float],
     memory_targets: Mapping[tuple[str, str], float] | None = None,
+    saved_targets: Mapping[tuple[str, str], float] | None = None,
 ) -> str:
     """The duels as a table for the terminal.
 
@@ -165,6 +176,7 @@ def summary(
         results: of :func:`condense`.
         targets: of our time over theirs, by mix (or case, where there are no mixes) and peer.
         memory_targets: of our memory over theirs, likewise.
+        saved_targets: of what is kept for the backward, likewise.
     """
     lines = [
         f"{'ours / theirs, by turns':42} {'time (20 .. 80 %)':>24} {'memory':>8} {'+inputs':>8}"
@@ -183,11 +195,14 @@ def summary(
             times = f"{middle:.3f} ({low:.3f} .. {high:.3f})"
             key = (facts.get("mix", duel["case"]), row["peer"])
             target, memory_target = targets.get(key), (memory_targets or {}).get(key)
+            saved_target = (saved_targets or {}).get(key)
             lines.append(
                 f"    {results['peers'][row['peer']]:38} {times:>24} {ratio['memory']:8.3f} "
                 f"{ratio['memory_with_inputs']:8.3f}"
                 + ("" if target is None else f"   target {target:g}")
                 + ("" if memory_target is None else f", memory {memory_target:g}")
+                + (f"   saved {ratio['saved']:.3f}" if "saved" in ratio else "")
+                + ("" if saved_target is None else f", target {saved_target:g}")
             )
         for peer, why in duel["absent"].items():
             lines.append(f"    {results['peers'][peer]:38} absent: {why}")
