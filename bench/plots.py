@@ -21,16 +21,21 @@ STYLES = {
     "twin": ("#56B4E9", "s"),
     "compile": ("#009E73", "D"),
     "kept": ("#CC79A7", "P"),
+    "unshuffle": ("#009E73", "D"),
+    "bicubic": ("#CC79A7", "P"),
+    "product": ("#000000", "X"),
 }
 PANELS = (
     ("forward", "time", "Forward: time"),
     ("forward+backward", "time", "Forward + backward: time"),
     ("forward+backward", "memory", "Forward + backward: peak memory"),
 )
+PANELS_OF = {"merge": (PANELS[0], ("forward", "memory", "Forward: peak memory"), *PANELS[1:])}
 ROWS = {
     "attention": "Rows: student heads×head_dim, batch (segments×rows).",
     "loss": "Rows: images×grid of prediction (->target)×channels.",
     "heads": "Rows: tokens×channels → hidden → teachers' channels.",
+    "merge": "Rows: images×grid×channels → tokens of each image.",
 }
 LONGEST = 30  # characters of a batch that still stand beside its name
 
@@ -52,7 +57,8 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     ratios = ratios_of(results)
     names = list(dict.fromkeys(name for name, _ in ratios))
     passes = {direction for _, direction in ratios}
-    panels = [panel for panel in PANELS if panel[0] in passes] or PANELS
+    all_panels = PANELS_OF.get(results["name"], PANELS)
+    panels = [panel for panel in all_panels if panel[0] in passes] or all_panels
     style = {"svg.fonttype": "none", "svg.hashsalt": "fastagglo", "font.size": 9}
     with plt.rc_context(style):
         height = 2.1 + 0.3 * len(names)

@@ -34,6 +34,10 @@ NOTES_OF = {
         "of_floor": "floor_ms over the median time",
         "compile_s": "the first call of the compiled peer, in a fresh cache",
     },
+    "merge": {
+        "tflops": "TFLOP/s of the product of sources and destinations at the median of the whole",
+        "unshuffle": "the number of tokens nearest to ours that whole windows give",
+    },
 }
 NOTES_OF["heads"] = {
     "tflops": "TFLOP/s of the products at the median",

@@ -194,6 +194,7 @@ def _best_destinations(
             best[rows[close]] = _exactly_best(
                 metric, sources[rows[close]], destinations[rivals], rivals, wide
             )
+        del block  # before there is another
     return similarity, best
 
 

@@ -213,4 +213,4 @@ def test_the_command_of_the_loss(tmp_path: Path) -> None:
 def test_an_unknown_name_is_an_error() -> None:
     done = command("attentoin")
     assert done.returncode == 2
-    assert "no benchmark attentoin: there is attention, loss" in done.stderr
+    assert "no benchmark attentoin: there is attention, loss, heads, merge" in done.stderr
