@@ -8,7 +8,7 @@ spatial head on the patch tokens. One head is in ``head_mlp.py``, the names of p
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,7 @@ from fastagglo.ops.head_mlp import (
 )
 from fastagglo.ops.heads_state import VERSIONS, read_heads
 from fastagglo.ops.mlp import shared_linear
+from fastagglo.ops.mlp_grouped import Step, grouped_step, worth_grouping
 
 __all__ = [
     "AdaptorHeads",
@@ -278,8 +279,10 @@ class AdaptorHeads(nn.Module):
                 x = spatial if isinstance(spatial, Tensor) else spatial.get(name)
                 jobs["spatial", name] = self.spatial[name], _given("spatial", name, x)
         entered = self._enter(spatial, jobs) if isinstance(spatial, Tensor) else {}
-        found: dict[tuple[str, str], Tensor] = {}
+        found = self._summaries(jobs)
         for key, (head, x) in jobs.items():
+            if key in found:
+                continue
             rotation = rotations.get(key[1]) if key[0] == "spatial" else None
             if key in entered:
                 found[key] = head(entered.pop(key), rotation, shuffle=False, entered=True)
@@ -302,7 +305,7 @@ class AdaptorHeads(nn.Module):
             for key, (head, _) in jobs.items()
             if key[0] == "spatial"
             and getattr(head, "pre_norm", None) is None
-            and not hasattr(head.fc1.weight, "to_local")  # a shard, until the head's own hooks run
+            and not _is_sharded(head)
         }
         if len(sharing) < 2:
             return {}
@@ -311,6 +314,35 @@ class AdaptorHeads(nn.Module):
         layers = [head.fc1 for head in sharing.values()]
         hidden = shared_linear(x, [f.weight for f in layers], [f.bias for f in layers])
         return dict(zip(sharing, hidden, strict=True))
+
+    def _summaries(
+        self, jobs: Mapping[tuple[str, str], tuple[Head, Tensor]]
+    ) -> dict[tuple[str, str], Tensor]:
+        """The summary heads together, step by step, where the kernels have a launch for many."""
+        together = {
+            key: (head, x)
+            for key, (head, x) in jobs.items()
+            if key[0] == "summary" and isinstance(head, AdaptorMLP) and not _is_sharded(head)
+        }
+        heads = {key: head for key, (head, _) in together.items()}
+        for head, x in together.values():
+            check_input("AdaptorHeads", x, head)
+        widest = max((max(h.last.weight.shape) for h in heads.values()), default=0)
+        if not worth_grouping([x for _, x in together.values()], widest):
+            return {}
+        found = {key: x for key, (_, x) in together.items()}
+        for pre_norm in (False, True):
+            layers = {
+                key: (head.pre_norm[0] if pre_norm else None, head.fc1)
+                for key, head in heads.items()
+                if (head.pre_norm is not None) == pre_norm
+            }
+            _grouped(layers, found)
+        for i in range(max(len(head.blocks) for head in heads.values())):
+            blocks = {key: h.blocks[i] for key, h in heads.items() if i < len(h.blocks)}
+            _grouped({key: (block[0], block[2]) for key, block in blocks.items()}, found, skip=True)
+        _grouped({key: (head.final[0], head.last) for key, head in heads.items()}, found)
+        return found
 
     def _idle(self, jobs: Collection[tuple[str, str]]) -> list[nn.Parameter]:
         """The parameters of the heads that have nothing to do."""
@@ -339,6 +371,29 @@ class _ZeroGradients(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, ...]:
         return grad_y, *(torch.zeros_like(p) for p in ctx.saved_tensors)
+
+
+def _is_sharded(head: Head) -> bool:
+    """Whether the weights are shards (FSDP's), until the head's own hooks run."""
+    return hasattr(head.fc1.weight, "to_local")
+
+
+def _grouped(
+    layers: Mapping[tuple[str, str], Sequence[nn.Module]],
+    values: dict[tuple[str, str], Tensor],
+    skip: bool = False,
+) -> None:
+    """One (norm or None, linear) of each head, from and to its value."""
+    if not layers:
+        return
+    norms = [norm for norm, _ in layers.values()]
+    steps = []
+    for key, (norm, linear) in layers.items():
+        of_norm = (None, None) if norm is None else (norm.weight, norm.bias)
+        steps.append(Step(values[key], *of_norm, linear.weight, linear.bias))
+    activate = norms[0] is not None
+    eps = [norm.eps if activate else 0.0 for norm in norms]
+    values.update(zip(layers, grouped_step(steps, eps, activate=activate, skip=skip), strict=True))
 
 
 def _head(spec: HeadSpec, in_features: int, hidden: int, out: int, upsample: int) -> Head:

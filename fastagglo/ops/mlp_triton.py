@@ -39,7 +39,7 @@ def norm_gelu(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``gelu(layer_norm(x))`` and the rows' means and inverse deviations."""
-    y, mean, rstd = kernel.norm_gelu_forward(_rows(x), _whole(weight), _whole(bias), eps, tanh)
+    y, mean, rstd = kernel.norm_gelu_forward(rows_of(x), whole(weight), whole(bias), eps, tanh)
     return y.to(dtype), mean, rstd
 
 
@@ -56,7 +56,7 @@ def norm_gelu_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias."""
     grad_x, *sums = kernel.norm_gelu_backward(
-        *(_rows(grad_y.to(x.dtype)), _rows(x), mean, rstd, _whole(weight), _whole(bias), tanh),
+        *(rows_of(grad_y.to(x.dtype)), rows_of(x), mean, rstd, whole(weight), whole(bias), tanh),
         sums=any(wants[1:3]),
     )
     grads = (
@@ -70,9 +70,9 @@ def linear_gelu(
     x: Tensor, weight: Tensor, bias: Tensor | None, tanh: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """``gelu(linear(x))`` and what the GELU was given."""
-    x, weight = _rows(x.to(dtype)), _rows(weight.to(dtype))
+    x, weight = rows_of(x.to(dtype)), rows_of(weight.to(dtype))
     if _fused("linear", x, weight):
-        bias = _whole(bias)
+        bias = whole(bias)
         return kernel.linear(x, weight, bias, gelu_out=True, tanh=tanh, keep_pre=True)
     pre = F.linear(x, weight, None if bias is None else bias.to(dtype))
     return kernel.gelu_forward(pre, tanh), pre
@@ -89,12 +89,12 @@ def linear_gelu_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, weight and bias, of those that are wanted."""
     dtype = pre.dtype
-    grad, sums = kernel.gelu_backward(_rows(grad_y), pre, tanh, sums=wants[2])
+    grad, sums = kernel.gelu_backward(rows_of(grad_y), pre, tanh, sums=wants[2])
     grad_x = grad_weight = None
     if wants[0]:
         grad_x = _input_grad(grad, weight.to(dtype)).to(x.dtype)
     if wants[1]:
-        x = _rows(x.to(dtype))
+        x = rows_of(x.to(dtype))
         if _fused("weight_grad", x, weight):
             grad_weight, _ = kernel.linear_weight_grad(grad, x, sums=False, dtype=weight.dtype)
         else:
@@ -117,8 +117,8 @@ def norm_gelu_linear(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``residual + linear(gelu(layer_norm(x)))``, statistics, and the GELU's output if kept."""
-    x, weight = _rows(x), _rows(weight.to(dtype))
-    norms = _whole(norm_weight), _whole(norm_bias)
+    x, weight = rows_of(x), rows_of(weight.to(dtype))
+    norms = whole(norm_weight), whole(norm_bias)
     mean, rstd = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
     kept = x.new_empty(0, x.shape[1], dtype=dtype)
     alike = x.dtype == dtype and (residual is None or residual.dtype == dtype)
@@ -126,10 +126,10 @@ def norm_gelu_linear(
         if normalise:
             mean, rstd = kernel.row_statistics(x, eps)
         y = kernel.linear(
-            *(x, weight, _whole(bias)),
+            *(x, weight, whole(bias)),
             norm=(mean, rstd, *norms) if normalise else None,
             gelu_in=True,
-            residual=None if residual is None else _rows(residual),
+            residual=None if residual is None else rows_of(residual),
             tanh=tanh,
         )
         return y, mean, rstd, kept
@@ -160,8 +160,8 @@ def norm_gelu_linear_backward(
     wants: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, norm_weight, norm_bias, weight and bias, of those that are wanted."""
-    x, grad = _rows(x), _rows(grad_y.to(dtype))
-    norms = _whole(norm_weight), _whole(norm_bias)
+    x, grad = rows_of(x), rows_of(grad_y.to(dtype))
+    norms = whole(norm_weight), whole(norm_bias)
     grad_x = grad_weight = grad_bias = None
     of_norm: tuple[Tensor | None, ...] = (None, None)
     if wants[3]:
@@ -189,7 +189,7 @@ def norm_gelu_linear_backward(
                 *(upstream, x, mean, rstd, norm_weight, norm_bias, tanh, eps, wants[:3])
             )
         elif x.dtype == dtype and _fused("input_grad", grad, narrow):
-            grad_x = kernel.linear_input_grad(grad, _rows(narrow), gelu_of=x, tanh=tanh)
+            grad_x = kernel.linear_input_grad(grad, rows_of(narrow), gelu_of=x, tanh=tanh)
         else:
             upstream = (grad @ narrow).to(x.dtype)
             grad_x, _ = kernel.gelu_backward(upstream, x, tanh, sums=False)
@@ -213,7 +213,7 @@ def _activated(
 
 def _input_grad(grad: Tensor, weight: Tensor) -> Tensor:
     if _fused("input_grad", grad, weight):
-        return kernel.linear_input_grad(grad, _rows(weight))
+        return kernel.linear_input_grad(grad, rows_of(weight))
     return grad @ weight
 
 
@@ -223,12 +223,12 @@ def _fused(op: str, x: Tensor, weight: Tensor) -> bool:
     return chosen == "triton" and weight.dtype in _DTYPES
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
     """x with rows that the kernels can read: a unit last stride, and no row over another."""
     return x if x.stride(1) == 1 and x.stride(0) >= x.shape[1] else x.contiguous()
 
 
-def _whole(x: Tensor | None) -> Tensor | None:
+def whole(x: Tensor | None) -> Tensor | None:
     """A vector that the kernels can read."""
     if x is None:
         return None

@@ -129,6 +129,102 @@ def test_heads(recompute: bool, road: str) -> None:
         assert (one - other).norm() <= 2e-2 * other.norm(), name
 
 
+class TestSummariesTogether:
+    specs = {  # noqa: RUF012
+        "a": HeadSpec(summary=24, hidden=32, blocks=2),
+        "b": HeadSpec(summary=9, hidden=33, blocks=1, pre_norm=True),
+        "c": HeadSpec(spatial=16),
+        "d": HeadSpec(summary=16, hidden=40),
+    }
+
+    def heads(self) -> AdaptorHeads:
+        torch.manual_seed(0)
+        heads = AdaptorHeads(32, self.specs).to(DEVICE, torch.float16)
+        with torch.no_grad():
+            for p in heads.parameters():
+                p.add_(torch.randn_like(p) * 0.2)
+        return heads
+
+    @pytest.fixture
+    def launches(self, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+        """Grouped launches, by name and number of problems."""
+        made: list[tuple[str, int]] = []
+        for name in ("grouped_linear", "grouped_linear_input_grad"):
+            real = getattr(mlp_triton.kernel, name)
+
+            def spy(problems: list, name: str = name, real: Callable = real) -> list:
+                made.append((name, len(problems)))
+                return real(problems)
+
+            monkeypatch.setattr(mlp_triton.kernel, name, spy)
+        return made
+
+    def test_values_and_gradients(self, launches: list) -> None:
+        heads, summary = self.heads(), randn(5, 4, 32, seed=1, dtype=torch.float16)
+        parameters = list(heads.summary.parameters())
+
+        def flat(s: Tensor, *_: Tensor) -> Tensor:
+            return torch.cat([x.flatten() for x, _ in heads(s, None).values() if x is not None])
+
+        def everything(s: Tensor) -> list[Tensor]:
+            s = s.detach().requires_grad_()
+            y = flat(s)
+            upstream = randn(*y.shape, seed=9, dtype=torch.float32).to(y.dtype)
+            return [y.detach(), *torch.autograd.grad(y, [s, *parameters], upstream)]
+
+        plain = everything(summary)
+        assert not launches
+        with use_backend("triton"):
+            found = everything(summary)
+        forward = [count for name, count in launches if name == "grouped_linear"]
+        assert forward == [2, 1, 2, 1, 3]  # first layers, with pre_norm, two blocks, last layers
+        assert sum(count for name, count in launches if name != "grouped_linear") == sum(forward)
+        heads.double()
+        parameters = list(heads.summary.parameters())
+        assert_as_exact(found, plain, everything(summary.double()))
+
+    def test_frozen_parameters_and_slots(self, launches: list) -> None:
+        heads, summary = self.heads(), randn(5, 4, 32, seed=1, dtype=torch.float16)
+        for name, parameter in heads.named_parameters():
+            parameter.requires_grad_(".a." in name and "fc1" in name)
+        with use_backend("triton"):
+            sum(x.sum() for x, _ in heads(summary, None).values() if x is not None).backward()
+        found = {name: p.grad for name, p in heads.named_parameters()}
+        heads.zero_grad()
+        with use_backend("torch"):
+            sum(x.sum() for x, _ in heads(summary, None).values() if x is not None).backward()
+        for name, parameter in heads.named_parameters():
+            assert (found[name] is None) == (parameter.grad is None)
+            if parameter.grad is not None:
+                error = (found[name] - parameter.grad).norm()
+                assert error <= 2e-2 * parameter.grad.norm(), name
+        # Nothing of the other heads, and nothing before a's first layer.
+        grads = [count for name, count in launches if name == "grouped_linear_input_grad"]
+        assert grads == [1, 1, 1]
+
+    def test_opcheck(self) -> None:
+        x, y = (randn(5, n, seed=n, dtype=torch.float16) for n in (16, 24))
+        gamma, bias = randn(16, seed=2, dtype=torch.float16), randn(24, seed=3, dtype=torch.float16)
+        weight = randn(24, 16, seed=4, dtype=torch.float16)
+        lists = ([x, x], [gamma, None], [None, gamma], [weight, weight], [bias, bias])
+        calls = torch.ops.fastagglo
+        torch.library.opcheck(calls.grouped_step_fwd.default, (*lists, [1e-5, 1e-6], True, False))
+        stats = [torch.randn(5, device=DEVICE), torch.rand(5, device=DEVICE)]
+        wants = [True, True, True, False, False, True, True, False, True, True]
+        torch.library.opcheck(
+            calls.grouped_step_bwd.default, ([y, y], stats, stats, *lists, True, False, wants)
+        )
+
+    def test_many_rows_and_fp32_go_alone(self, launches: list) -> None:
+        heads = self.heads()
+        with use_backend("triton"), torch.no_grad():
+            heads(
+                randn(mlp_choice.MOST_ROWS["grouped"] + 1, 4, 32, seed=1, dtype=torch.float16), None
+            )
+            heads.float()(randn(5, 4, 32, seed=1, dtype=torch.float32), None)
+        assert not launches
+
+
 @pytest.mark.parametrize("rows", [0, 1])
 def test_few_rows(rows: int, road: str) -> None:
     for call, eager, tensors in cases(torch.float32).values():
