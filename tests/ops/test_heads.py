@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from fastagglo.ops import mlp_torch
 from fastagglo.ops.backend import use_backend
 from fastagglo.ops.heads import AdaptorHeads, AdaptorMLP, HeadSpec, adaptor_mlp, pixel_shuffle
 from fastagglo.ops.reference.heads import adaptor_mlp as reference
@@ -455,7 +456,11 @@ class TestAdaptorHeads:
         # Gradients of sam's last layer (6 -> 8) and of its fc1 (6 -> 6), weight and input each.
         assert sum(with_sam) - sum(without) == 7 * 2 * (6 * 8 + 6 * 6)
 
-    def test_teachers_share_the_first_layer(self) -> None:
+    @pytest.mark.parametrize("joined", [False, True])
+    def test_teachers_share_the_first_layer(
+        self, joined: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(mlp_torch, "joined", lambda *_: joined)  # as on a CPU, and as on CUDA
         heads, x = self.heads(), grid(7, 6).requires_grad_()
         grads = {}
         for shared in (True, False):

@@ -236,7 +236,9 @@ def test_frozen_subsets(op: str) -> None:
                 torch.testing.assert_close(leaf.grad, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_shared_linear() -> None:
+@pytest.mark.parametrize("joined", [False, True])
+def test_shared_linear(joined: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mlp_torch, "joined", lambda *_: joined)  # as on a CPU, and as on CUDA
     x = draw(2, 5, WIDTH)
     parameters = [draw(n, WIDTH) for n in (3, 4)] + [draw(3)]
 
