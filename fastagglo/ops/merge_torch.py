@@ -205,7 +205,8 @@ def _exactly_best(
     unit = _unit(metric, sources, torch.float64)
     best = numbers[0].repeat(len(sources))
     highest = unit.new_full((len(sources),), -torch.inf)
-    for columns in torch.arange(len(numbers), device=metric.device).split(_rows(unit.shape[1] * 8)):
+    step = _rows(max(unit.shape) * unit.element_size())
+    for columns in torch.arange(len(numbers), device=metric.device).split(step):
         target = _unit(metric, destinations[columns], torch.float64)
         steps, place = _products(unit, target).mul_(_STEPS[wide]).round_().max(1)
         better = steps > highest  # not at a tie: that goes to the lower position

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from fastagglo.compress import CompressedTokens, _stride, compress
 from fastagglo.features import Features
@@ -96,6 +98,42 @@ def test_groups_of_several_resolutions(partition: str) -> None:
     assert torch.equal(listed.tokens, result.tokens)
     alone = compress(groups[0][1:], 64, partition=partition)
     assert torch.equal(alone.tokens[0], result.tokens[1])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    images=st.integers(1, 3),
+    grid=st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    tokens=st.integers(1, 90),
+    partition=st.sampled_from(["alternate", "strided", "random2d"]),
+    ties=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_any_grid_any_count(
+    images: int, grid: tuple[int, int], tokens: int, partition: str, ties: bool, seed: int
+) -> None:
+    x = randn(images, *grid, 3, seed=seed)
+    x = x.round() if ties else x
+    result = compress(x, tokens, partition=partition, seed=seed)
+    assert_consistent(result, [x], tokens)
+    if math.prod(grid) <= tokens:  # passed through: in their order, to the bit
+        assert torch.equal(result.tokens[result.mask].view(x.flatten(1, 2).shape), x.flatten(1, 2))
+        assert torch.equal(result.index[0].flatten(), torch.arange(math.prod(grid)))
+    turned = compress(x.flip(0), tokens, partition=partition, seed=seed)
+    assert torch.equal(turned.tokens, result.tokens.flip(0))
+    assert torch.equal(turned.size, result.size.flip(0))
+
+
+def test_padding_is_masked_from_attention() -> None:
+    """The bias of proportional attention is -inf in the padding: it takes no part."""
+    x = randn(2, 5, 7, 8)
+    padded, exact = compress(x, 50), compress(x, 35)
+    q = randn(2, 4, 8, seed=1)
+    outs = [
+        (q @ part.tokens.mT + part.size.log()[:, None]).softmax(-1) @ part.tokens
+        for part in (padded, exact)
+    ]
+    torch.testing.assert_close(*outs)
 
 
 def test_seed() -> None:
