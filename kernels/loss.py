@@ -225,7 +225,9 @@ def forward(terms: Sequence[Term]) -> Losses:
                     num_warps=warps, maxnreg=MOST_REGISTERS,
                 )  # fmt: skip
             if sum(cells):
-                spread_kernel[(sum(cells),)](table, kept, n, **settings, BLOCK=1024)
+                spread_kernel[(sum(cells),)](
+                    table, kept, n, **settings, BLOCK=1024, maxnreg=MOST_REGISTERS
+                )
         collect_kernel[(n,)](
             table, counts, shares, losses, per_image, per_term, n,
             IMAGES=16, BLOCK=256, num_warps=8,

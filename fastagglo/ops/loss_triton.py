@@ -43,6 +43,8 @@ def all_terms(
     """
     kind = [kernel.KINDS.index(name) for name in kinds]
     flat = [x for entries in lists for x in entries]
+    if torch.compiler.is_compiling():  # takes no tensor twice, such as one prediction in two terms
+        flat = [None if x is None else x.view_as(x) for x in flat]
     return _AllTerms.apply(kind, list(numbers), list(grids), list(wants), *flat)
 
 

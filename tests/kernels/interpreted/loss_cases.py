@@ -189,7 +189,8 @@ def evaluate(
     terms = [moved(case.term, device) for case in cases]
     loss = function(x, t, terms, [moved(case.valid, device) for case in cases])
     leaves = [leaf for leaf in x if leaf.requires_grad]
-    found = iter(torch.autograd.grad(what(loss), leaves) if leaves else ())
+    options = {"allow_unused": True, "materialize_grads": True}
+    found = iter(torch.autograd.grad(what(loss), leaves, **options) if leaves else ())
     grads = [next(found) if leaf.requires_grad else None for leaf in x]
     for leaf in leaves:
         leaf.requires_grad_(False)
