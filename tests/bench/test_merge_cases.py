@@ -126,8 +126,7 @@ def test_the_memory_that_is_promised(name: str) -> None:
     """72 x 72 x 1280: at most 0.15 of what the eager form takes, and the same at each call."""
     case = next(case for case in cases("cpu", False) if case.name == name)
     batch = Batch.of(case, "cpu")
-    noise = torch.randn(batch.x.shape, generator=torch.Generator().manual_seed(0))
-    batch = replace(batch, x=noise)  # where some choices are close, which takes float64
+    batch.x[:, [0, 10]] = batch.x[:, [1]]  # a source with two equal destinations: float64 decides
     prepare("fastagglo", batch)()  # the first call also keeps the geometry for the next one
     ours, again, theirs = (
         peak_memory(prepare(peer, batch), "cpu")[0] for peer in ("fastagglo", "fastagglo", "eager")
