@@ -307,8 +307,8 @@ def compare_kernel(
 @triton.jit
 def _readers(cell, cells, source):
     """The comparison cells that may read ``cell``: from the first to before the last."""
-    # Cell i has its centre at (i + 0.5) / ratio and reads the centres less than 1 away from it. What
-    # lies beyond the outermost centres is less than 1 away from those.
+    # Cell i has its centre at (i + 0.5) / ratio and reads the centres less than 1 away from it.
+    # That holds beyond the outermost ones, too: half a cell is all there is.
     ratio = cells.to(tl.float64) / source.to(tl.float64)
     first = tl.maximum(tl.floor((cell - 0.5) * ratio - 0.501).to(tl.int32), 0)
     last = tl.minimum(tl.ceil((cell + 1.5) * ratio - 0.499).to(tl.int32), cells)
