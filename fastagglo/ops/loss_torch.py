@@ -178,6 +178,7 @@ def _token_losses(
             return
     norm_x, norm_t = (torch.linalg.vector_norm(v, dim=1) for v in (x, t))
     no_direction = (norm_x <= EPS) | (norm_t <= EPS)
+    no_direction &= ~(norm_x + norm_t).isnan()  # NaN is not to be hidden
     scale_x, scale_t = norm_x.reciprocal_(), norm_t.reciprocal_()
     cosine = torch.mul(x, t, out=work).sum(1).mul_(scale_x).mul_(scale_t)
     cosine.masked_fill_(no_direction, 0).clamp_(-1, 1)

@@ -244,3 +244,12 @@ def test_teachers_of_all_kinds_in_any_order(function):
         for a, b in zip(found, expected, strict=True):
             assert torch.equal(a, b)
         torch.testing.assert_close(loss.total, total, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["cosine", "cosine_smooth_l1", "angular"])
+@pytest.mark.parametrize("zero", ["prediction", "target"])
+def test_a_vector_without_direction_hides_no_nan(kind: str, zero: str) -> None:
+    nothing, bad = torch.zeros(2, 5), torch.full((2, 5), torch.nan)
+    x, t = (nothing, bad) if zero == "prediction" else (bad, nothing)
+    for op in (multi_teacher_loss, reference.multi_teacher_loss):
+        assert op([x], [t], [LossTerm(kind)]).total.isnan()
