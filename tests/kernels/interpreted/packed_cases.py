@@ -204,8 +204,9 @@ def flash_of(case: Case) -> Results:
 def assert_as_exact_as(plain: Results, actual: Results, truth: Results) -> None:
     """The kernels may be about as wrong as PyTorch is in the same dtype, measured against fp64.
 
-    Twice its largest error, for another order of summation, plus one rounding of the largest value:
-    four in fp32, where PyTorch never rescales its sums.
+    Three times its largest error: sums have another order, and in a row that looks at one key the
+    one rounding of its log-sum decides, in which either may have been lucky. Plus one rounding of
+    the largest value: four in fp32, where PyTorch never rescales its sums.
     """
     for name, got in actual.items():
         true = truth[name]
@@ -214,7 +215,7 @@ def assert_as_exact_as(plain: Results, actual: Results, truth: Results) -> None:
             continue
         error, budget = ((x[name].double() - true).abs().max().item() for x in (actual, plain))
         roundings = 4 if got.dtype == torch.float32 else 1
-        budget = 2 * budget + roundings * torch.finfo(got.dtype).eps * true.abs().max().item()
+        budget = 3 * budget + roundings * torch.finfo(got.dtype).eps * true.abs().max().item()
         assert error <= budget, f"{name}: error {error:.2e}, budget {budget:.2e}"
 
 
