@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from dataclasses import replace
 
 import pytest
 import torch
+from huge_tensors import untouched
 from packed_cases import (
     DEVICE,
     DTYPES,
@@ -101,19 +100,6 @@ def test_poisoned_neighbours_change_no_bit(width, dtype, bias):
 # --- addresses
 
 
-def untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor that may be larger than memory: only the pages that someone touches exist."""
-    size = math.prod(shape) * dtype.itemsize
-    if DEVICE == "cuda":
-        if size > torch.cuda.mem_get_info()[0] * 0.9:
-            pytest.skip(f"needs {size / 2**30:.0f} GiB of GPU memory")
-        return torch.empty(shape, dtype=dtype, device=DEVICE)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    pages = mmap.mmap(-1, size, flags=flags)
-    pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
-
-
 @pytest.fixture
 def _memory_starts_as_it_is() -> None:
     torch.use_deterministic_algorithms(False)  # which would fill huge tensors with NaN
@@ -130,13 +116,13 @@ def test_rows_beyond_2_31_elements():
     assert tiles.shape[0] == 1
     views = {}
     for name in ("q", "k", "v"):
-        buffer = untouched(270 * stride, dtype=torch.float16)
+        buffer = untouched(270 * stride, dtype=torch.float16, device=DEVICE)
         views[name] = buffer.as_strided(case.q.shape, (stride, 16, 1))
         views[name][start:] = getattr(case, name)[start:]
         assert kernel.readable(views[name])
     # The bias' rows may be any distance apart: here a step of 16 keys is beyond 2**31 by itself.
     far = 2**28 if DEVICE == "cpu" else 2**24
-    bias = untouched(270 * far, dtype=torch.float32)
+    bias = untouched(270 * far, dtype=torch.float32, device=DEVICE)
     views["key_bias"] = bias.as_strided((270, 1), (far, 1))
     views["key_bias"][start:] = case.key_bias[start:]
     results = run_tiles(replace(case, **views), tiles)
@@ -151,9 +137,9 @@ def test_heads_beyond_2_31_elements():
     stride = 2**30 + 2**20
     views = {}
     for name in ("q", "k", "v"):
-        buffer = untouched(2 * stride + 20 * 16, dtype=torch.float16)
+        buffer = untouched(2 * stride + 20 * 16, dtype=torch.float16, device=DEVICE)
         views[name] = buffer.as_strided(case.q.shape, (16, stride, 1)).copy_(getattr(case, name))
-    bias = untouched(2 * stride + 20, dtype=torch.float32)
+    bias = untouched(2 * stride + 20, dtype=torch.float32, device=DEVICE)
     views["key_bias"] = bias.as_strided((20, 3), (1, stride)).copy_(case.key_bias)
     assert_same(run_kernel(replace(case, **views), TALL), run_kernel(case, TALL))
 
@@ -170,13 +156,13 @@ def test_results_beyond_2_31_elements(monkeypatch, fused):
     for name in ("q", "k", "v"):  # overlapping rows, and one head for all, keep the inputs small
         base = torch.randn(length * 8 + width).to(DEVICE, torch.float16)
         inputs[name] = base.as_strided((length, heads, width), (8, 0, 1))
-        buffer = untouched(rows * 8 + width, dtype=torch.float16)
+        buffer = untouched(rows * 8 + width, dtype=torch.float16, device=DEVICE)
         buffer[start * 8 :] = base
         large[name] = buffer.as_strided((rows, heads, width), (8, 0, 1))
     small = replace(small, **inputs)
-    bias = untouched(heads, rows, dtype=torch.float32).T
+    bias = untouched(heads, rows, dtype=torch.float32, device=DEVICE).T
     bias[start:] = small.key_bias
-    upstream = untouched(rows, heads, width, dtype=torch.float16)
+    upstream = untouched(rows, heads, width, dtype=torch.float16, device=DEVICE)
     upstream[start:] = small.grad_out
 
     usual = torch.Tensor.new_empty
@@ -184,10 +170,12 @@ def test_results_beyond_2_31_elements(monkeypatch, fused):
     def new_empty(self, *shape, dtype=None, **options):
         if options:  # the interpreter's own
             return usual(self, *shape, dtype=dtype, **options)
-        return untouched(*shape, dtype=dtype or self.dtype)
+        return untouched(*shape, dtype=dtype or self.dtype, device=DEVICE)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
-    monkeypatch.setattr(torch, "empty_like", lambda x: untouched(*x.shape, dtype=x.dtype))
+    monkeypatch.setattr(
+        torch, "empty_like", lambda x: untouched(*x.shape, dtype=x.dtype, device=DEVICE)
+    )
     tiles = torch.tensor([[start, length, 0, 0]], dtype=torch.int32, device=DEVICE)
     layout = PackedLayout(
         *(torch.tensor([0, rows], dtype=torch.int32) for _ in range(2)), rows, 64, None
@@ -204,7 +192,7 @@ def test_results_beyond_2_31_elements(monkeypatch, fused):
 @pytest.mark.usefixtures("_memory_starts_as_it_is")
 def test_rows_too_far_apart_for_the_kernels_are_copied():
     case = make_case([3, 2], dtype=torch.float16, bias=False, spare=0)
-    buffer = untouched(5 * 2**24, dtype=torch.float16)
+    buffer = untouched(5 * 2**24, dtype=torch.float16, device=DEVICE)
     q = buffer.as_strided(case.q.shape, (2**24, 16, 1)).copy_(case.q)
     assert not kernel.readable(q)
     with use_backend("triton"):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import mmap
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -13,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huge_tensors import untouched
 from loss_cases import (
     DEVICE,
     GEOMETRIES,
@@ -135,19 +134,6 @@ def term_of(case: Case, **options: Any) -> kernel.Term:
 # --- addresses
 
 
-def untouched(*shape: int, dtype: torch.dtype) -> Tensor:
-    """A tensor that may be larger than memory: only the pages that someone touches exist."""
-    size = math.prod(shape) * dtype.itemsize
-    if DEVICE == "cuda":
-        if size > torch.cuda.mem_get_info()[0] * 0.9:
-            pytest.skip(f"needs {size / 2**30:.0f} GiB of GPU memory")
-        return torch.empty(shape, dtype=dtype, device=DEVICE)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    pages = mmap.mmap(-1, size, flags=flags)
-    pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
-
-
 @pytest.mark.parametrize("geometry", ["equal", "prediction_up", "shift_part"])
 @pytest.mark.parametrize("axis", [0, 1, 2])
 def test_strides_beyond_2_31_elements(axis: int, geometry: str) -> None:
@@ -160,7 +146,7 @@ def test_strides_beyond_2_31_elements(axis: int, geometry: str) -> None:
         stride = list(torch.empty(value.shape).stride())
         stride[axis] = 2**31 + 8
         size = sum((n - 1) * s for n, s in zip(value.shape, stride, strict=True)) + 1
-        memory = untouched(size, dtype=value.dtype)
+        memory = untouched(size, dtype=value.dtype, device=DEVICE)
         far.append(memory.as_strided(value.shape, stride).copy_(value))
     assert_same(run([Case(far[0], far[1], case.term, far[2])]), run([case]))
 

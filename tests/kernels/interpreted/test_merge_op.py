@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import mmap
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from huge_tensors import untouched
 from merge_cases import (
     DEVICE,
     DTYPES,
@@ -114,26 +113,17 @@ def test_repeated_tokens() -> None:
 # --- addresses
 
 
-def untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor that may be larger than memory: only the pages that someone touches exist."""
-    size = math.prod(shape) * dtype.itemsize
-    if DEVICE == "cuda":
-        if size > torch.cuda.mem_get_info()[0] * 0.9:
-            pytest.skip(f"needs {size / 2**30:.0f} GiB of GPU memory")
-        return torch.empty(shape, dtype=dtype, device=DEVICE)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0x4000)
-    pages = mmap.mmap(-1, size, flags=flags)
-    pages.madvise(mmap.MADV_NOHUGEPAGE)
-    return torch.frombuffer(pages, dtype=dtype).view(shape)
-
-
 @pytest.mark.parametrize("odd", [0, 1])
 def test_rows_beyond_2_31_elements(odd: int) -> None:
     """Tokens so far apart that most begin beyond 2**31, with a stride in units of 8 and without."""
     torch.use_deterministic_algorithms(False)  # which would fill huge tensors with NaN
     stride = 2**27 + odd
     x = randn(36, 20, dtype=torch.float16).to(DEVICE)
-    far = untouched(36 * stride, dtype=torch.float16).as_strided((36, 20), (stride, 1)).copy_(x)
+    far = (
+        untouched(36 * stride, dtype=torch.float16, device=DEVICE)
+        .as_strided((36, 20), (stride, 1))
+        .copy_(x)
+    )
     assert merge._readable(far) is far
     rounds = plan_rounds(36, 9, "alternate", (0, 0), 0, (2, 2), 0)
     plan = make_plan([Image(36, 0, rounds)], (16, 16))
@@ -162,12 +152,12 @@ def test_results_beyond_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     def new_empty(self, *shape, dtype=None, **options):
         if options or shape == (0,):  # the interpreter's own, and one without pages
             return usual(self, *shape, dtype=dtype, **options)
-        return untouched(*shape, dtype=dtype or self.dtype)
+        return untouched(*shape, dtype=dtype or self.dtype, device=DEVICE)
 
     monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     for name in ("gather_kernel", "segment_kernel"):
         monkeypatch.setattr(move, name, OneColumn(getattr(move, name)))
-    x = untouched(count, channels, dtype=torch.float16)
+    x = untouched(count, channels, dtype=torch.float16, device=DEVICE)
     x[:, :16] = randn(count, 16).to(x)
     slots = torch.arange(count, device=DEVICE).flip(0)
     out = move.gather(x, slots)
@@ -350,6 +340,8 @@ def test_a_call_never_waits_for_the_device(partition: str) -> None:
         unmerge_tokens(merged.x, merged).sum().backward()  # a wait would raise
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert x.grad is not None
+    assert x.grad.isfinite().all()
 
 
 @pytest.mark.gpu
