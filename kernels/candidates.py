@@ -88,7 +88,7 @@ def candidates(kernel: str, dtype: str, head_dim: int, tile_rows: int) -> list[T
         if not columns <= rows <= tile_rows or (kernel == "fwd" and columns < 32):
             continue
         if rows == 32 * warps and (kernel != "fwd" or width > 64):
-            continue  # a thread of such a tile never has the registers
+            continue  # a thread of such a tile has no registers left, but for sm_100
         # Blocks that one thread holds in registers, in fp32; more leave no room for the rest.
         sums = width * (2 if kernel == "dkv" else 1)
         if rows * (sums + columns) // (32 * warps) <= 192:
