@@ -171,12 +171,12 @@ def multi_teacher_loss(
     that is not masked out reaches ``total``: it is for the caller to see it.
 
     The gradient of the predictions is computed with the loss and kept until the backward, in their
-    dtype (fp32 for fp16), which scales it; second derivatives are not available. Arithmetic is
+    dtype (fp32 for fp16); second derivatives are not available. Arithmetic is
     fp32, or fp64 for fp64 predictions, also under autocast. Two runs give the same bits.
 
-    On CUDA the default is the backend "triton"; there the gradient is kept with every factor of
-    ``total`` in it, and ``total.backward()`` scales nothing. fp64 and tokens of more than 8,192
-    channels take the backend "torch". Features are read in place if their channels lie together.
+    The gradient is kept with every factor of ``total`` in it: ``total.backward()`` scales nothing.
+    On CUDA the default is the backend "triton"; fp64 and tokens of more than 8,192 channels take
+    the backend "torch". Features are read in place if their channels lie together.
 
     Args:
         predictions: for each term ``(N, h, w, C)`` or ``(N, C)``, fp16, bf16, fp32 or fp64, any
@@ -311,19 +311,33 @@ def _pair(i: int, prediction: Tensor, target: Tensor, term: LossTerm, mask: Any)
 
 def _one_by_one(pair: _Pair) -> tuple[Tensor, Tensor, Tensor]:
     """Loss of a term, of its images, and their weights, in PyTorch."""
-    term = pair.term
-    image, count = TermLoss.apply(
-        *pair[1:8], term.kind, float(term.beta), pair.height, pair.width, pair.wants_gradient
-    )
-    if term.kind == "angular":
-        image = image / _constant(term.dispersion)
+    term, prediction, target = pair.term, pair.prediction, pair.target
+    shapes = grid_of(prediction.shape), grid_of(target.shape), (pair.height, pair.width)
+    cells = valid_cells(pair.valid, pair.shift, *shapes)
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    count = prediction.new_full(prediction.shape[:1], float(pair.height * pair.width), dtype=dtype)
+    if cells is not None:
+        count = cells.sum((1, 2)).expand_as(count).to(dtype)
     weights = count.sqrt()
     denominator = weights.sum() if term.denominator is None else _constant(term.denominator)
     if isinstance(denominator, Tensor):
         denominator = denominator.masked_fill(denominator == 0, 1)
     elif denominator == 0:
         denominator = 1.0
-    return (image * weights).sum() / denominator, image, weights
+    loss, image = TermLoss.apply(
+        prediction,
+        (weights / denominator).to(dtype),
+        _constant(term.weight),
+        _constant(term.dispersion) if term.kind == "angular" else 1.0,
+        count,
+        (target, cells, pair.mean, pair.scale, pair.rotation, pair.shift),
+        term.kind,
+        float(term.beta),
+        pair.height,
+        pair.width,
+        pair.wants_gradient,
+    )
+    return loss, image, weights
 
 
 def _why_not_triton(pair: _Pair, device: torch.device) -> str | None:

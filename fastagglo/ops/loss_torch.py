@@ -137,24 +137,28 @@ def _token_losses(
     t: Tensor,
     scale: Tensor | None,
     loss: Tensor,
+    factor: Tensor,
     out: Tensor | None,
     scratch: _Scratch,
 ) -> None:
     """Write the losses (T,) of predictions x and targets t * scale, (T, C), and x's gradients.
 
-    x is only read, and so is t if scale is None; else t is overwritten. All but out (or None, if no
-    gradient is wanted) share one dtype.
+    The gradients are multiplied by factor (T,). x is only read, and so is t if scale is None; else
+    t is overwritten. All but out (or None, if no gradient is wanted) share one dtype.
     """
     channels = x.shape[1]
     if kind == "mse":
+        # Where its dtype allows it, the result itself holds the difference: less to write to.
+        in_place = out is not None and out.dtype == x.dtype
+        work = out if in_place else scratch("work", x.shape, x.dtype)
         if scale is None:
-            work = torch.sub(x, t, out=scratch("work", x.shape, x.dtype))
+            torch.sub(x, t, out=work)
         else:
-            work = torch.addcmul(x, t, scale, value=-1, out=t)
+            torch.addcmul(x, t, scale, value=-1, out=work)
         torch.linalg.vector_norm(work, dim=1, out=loss)
         loss.square_().div_(channels)
         if out is not None:
-            _into(out, torch.mul, work, 2 / channels, work=work)
+            _into(out, torch.mul, work, factor.mul(2 / channels)[:, None], work=work)
         return
     work = scratch("work", x.shape, x.dtype)
     if scale is not None:
@@ -174,7 +178,7 @@ def _token_losses(
             slope.div_(beta)
         if kind == "smooth_l1":
             if out is not None:
-                _into(out, torch.mul, slope, 1 / channels, work=work)
+                _into(out, torch.mul, slope, factor.div(channels)[:, None], work=work)
             return
     norm_x, norm_t = (torch.linalg.vector_norm(v, dim=1) for v in (x, t))
     no_direction = (norm_x <= EPS) | (norm_t <= EPS)
@@ -197,7 +201,7 @@ def _token_losses(
     if out is None:
         return
     # d cos / dx = (t / |t| - cos x / |x|) / |x|
-    of_t = d_cosine.mul_(scale_x)
+    of_t = d_cosine.mul_(scale_x).mul_(factor)
     of_x = (of_t * cosine).mul_(scale_x).neg_().masked_fill_(no_direction, 0)
     of_t.mul_(scale_t).masked_fill_(no_direction, 0)
     torch.mul(x, of_x[:, None], out=work)
@@ -205,7 +209,8 @@ def _token_losses(
         _into(out, torch.addcmul, work, t, of_t[:, None], work=work)
     else:
         work.addcmul_(t, of_t[:, None])
-        _into(out, torch.add, work, slope, work=work, alpha=(1 - COSINE_SHARE) / channels)
+        of_slope = factor.mul((1 - COSINE_SHARE) / channels)[:, None]
+        _into(out, torch.addcmul, work, slope, of_slope, work=work)
 
 
 def _into(out: Tensor, op: Any, *operands: Any, work: Tensor, **more: Any) -> None:
@@ -300,24 +305,29 @@ def _scatter(
 def _term_loss(
     prediction: Tensor,
     target: Tensor,
-    valid: Tensor | None,
+    cells: Tensor | None,
     mean: Tensor | None,
     scale: Tensor | None,
     rotation: Tensor | None,
     shift: Tensor | None,
+    count: Tensor,
+    factor: Tensor,
     kind: str,
     beta: float,
     height: int,
     width: int,
     with_gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    """Mean losses of the images (N,), and the gradients of the tokens' losses times factor (N,).
+
+    ``cells``: which comparison cells count, as :func:`valid_cells` says; ``count``: how many.
+    """
     images, channels = prediction.shape[0], prediction.shape[3]
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     if mean is not None:
         mean, scale = mean.to(dtype), scale.double().reciprocal().to(dtype)
         rotation = None if rotation is None else rotation.to(dtype)
     grid, source, other = (height, width), grid_of(prediction.shape), grid_of(target.shape)
-    cells = valid_cells(valid, shift, source, other, grid)
     outside = None if cells is None else ~cells.expand(images, *grid)
     taps_t, taps_x = (
         taps and [tap.looked_at() for tap in taps]
@@ -350,6 +360,7 @@ def _term_loss(
             t.reshape(-1, channels),
             scale,
             loss[part, rows].view(-1),
+            factor[part, None, None].expand(x.shape[:3]).reshape(-1),
             None if block is None else block.view(-1, channels),
             scratch,
         )
@@ -363,12 +374,9 @@ def _term_loss(
             _scatter(block, taps_x, rows, total, scratch)
             if rows.stop == height:
                 gradient[part] = total
-    if outside is None:
-        count = loss.new_full((images,), height * width)
-    else:
+    if outside is not None:
         loss.masked_fill_(outside, 0)
-        count = (~outside).sum((1, 2)).to(dtype)
-    return loss.sum((1, 2)) / count.clamp(min=1), count, gradient
+    return loss.sum((1, 2)) / count.clamp(min=1), gradient
 
 
 def _clear(block: Tensor, cells: Tensor) -> None:
@@ -391,10 +399,10 @@ def _kept_gradient(prediction: Tensor, with_gradient: bool) -> Tensor:
     )
 
 
-def _scale_gradient(gradient: Tensor, upstream: Tensor, count: Tensor, out: Tensor) -> Tensor:
-    """Write the gradient of means over tokens, given that of each token and an upstream one."""
-    factor = (upstream / count.clamp(min=1))[:, None, None, None]
-    if factor.dtype == out.dtype:
+def _scale_gradient(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
+    """Write the gradient of images (N, h, w, C) times their factors (N,)."""
+    factor = factor[:, None, None, None]
+    if factor.dtype == out.dtype == gradient.dtype:
         return torch.mul(gradient, factor, out=out)
     scratch = _Scratch(factor)
     for part, rows in _blocks(*gradient.shape, together=True):
@@ -409,38 +417,32 @@ def _scale_gradient(gradient: Tensor, upstream: Tensor, count: Tensor, out: Tens
 
 torch.library.define(
     "fastagglo::term_loss",
-    "(Tensor prediction, Tensor target, Tensor? valid, Tensor? mean, Tensor? scale, "
-    "Tensor? rotation, Tensor? shift, str kind, float beta, SymInt height, SymInt width, "
-    "bool with_gradient) -> (Tensor, Tensor, Tensor)",
+    "(Tensor prediction, Tensor target, Tensor? cells, Tensor? mean, Tensor? scale, "
+    "Tensor? rotation, Tensor? shift, Tensor count, Tensor factor, str kind, float beta, "
+    "SymInt height, SymInt width, bool with_gradient) -> (Tensor, Tensor)",
 )
 torch.library.define(
-    "fastagglo::term_loss_backward",
-    "(Tensor gradient, Tensor upstream, Tensor count, ScalarType dtype) -> Tensor",
+    "fastagglo::term_loss_backward", "(Tensor gradient, Tensor factor, ScalarType dtype) -> Tensor"
 )
 torch.library.impl("fastagglo::term_loss", "default", _term_loss)
 
 
 @torch.library.impl("fastagglo::term_loss_backward", "default")
-def _term_loss_backward(
-    gradient: Tensor, upstream: Tensor, count: Tensor, dtype: torch.dtype
-) -> Tensor:
-    return _scale_gradient(gradient, upstream, count, torch.empty_like(gradient, dtype=dtype))
+def _term_loss_backward(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return _scale_gradient(gradient, factor, torch.empty_like(gradient, dtype=dtype))
 
 
 @torch.library.register_fake("fastagglo::term_loss")
-def _term_loss_fake(prediction: Tensor, *others: Any, **more: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _term_loss_fake(prediction: Tensor, *others: Any, **more: Any) -> tuple[Tensor, Tensor]:
     with_gradient = others[-1]
     per_image = prediction.new_empty(
         prediction.shape[0], dtype=torch.promote_types(prediction.dtype, torch.float32)
     )
-    gradient = _kept_gradient(prediction, with_gradient)
-    return per_image, torch.empty_like(per_image), gradient
+    return per_image, _kept_gradient(prediction, with_gradient)
 
 
 @torch.library.register_fake("fastagglo::term_loss_backward")
-def _term_loss_backward_fake(
-    gradient: Tensor, upstream: Tensor, count: Tensor, dtype: torch.dtype
-) -> Tensor:
+def _term_loss_backward_fake(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(gradient, dtype=dtype)
 
 
@@ -450,24 +452,48 @@ graph_is_kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph"
 
 
 class TermLoss(torch.autograd.Function):
-    """Per-image losses and counts of valid tokens, ``(N,)`` each; arguments as the operator's."""
+    """A term's loss and its images', (N,).
+
+    Args:
+        prediction: the only one that gets a gradient; the others follow as the operator's.
+        share: (N,), what an image counts for in the term.
+        weight: the term's weight in the total, a number or one element.
+        dispersion: the losses are divided by it, likewise.
+        count: (N,), valid cells.
+        arguments: the operator's.
+    """
 
     @staticmethod
-    def forward(ctx: Any, prediction: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-        per_image, count, gradient = torch.ops.fastagglo.term_loss(prediction, *arguments)
+    def forward(
+        ctx: Any, prediction: Tensor, share: Tensor, weight: Any, dispersion: Any, count: Tensor,
+        features: Sequence[Tensor | None], *arguments: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        # The total does not see a term of weight 0, but something else may.
+        if isinstance(weight, Tensor):
+            held = share * weight.masked_fill(weight == 0, 1)
+        else:
+            held = share * (weight or 1.0)
+        held = held.to(share.dtype)
+        factor = (held / dispersion / count.clamp(min=1)).to(share.dtype)
+        per_image, gradient = torch.ops.fastagglo.term_loss(
+            prediction, *features, count, factor, *arguments
+        )
+        per_image = (per_image / dispersion).to(share.dtype)
         ctx.dtype = prediction.dtype
-        ctx.save_for_backward(gradient, count)
-        ctx.mark_non_differentiable(count)
-        return per_image, count
+        ctx.save_for_backward(gradient, share, held)
+        return (per_image * share).sum(), per_image
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, count = ctx.saved_tensors
+    def backward(ctx: Any, per_term: Tensor, per_image: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, share, held = ctx.saved_tensors
+        wanted = per_term * share + per_image
+        same = (wanted == held) | (held == 0)  # no share: no valid token, a gradient of zeros
+        factor = torch.where(same, 1, wanted / held)
         again = torch.compiler.is_compiling() or graph_is_kept()
         if again or gradient.dtype != ctx.dtype:
-            scaled = torch.ops.fastagglo.term_loss_backward(gradient, upstream, count, ctx.dtype)
-        else:
-            # Nobody will read the kept gradient again: scaling it in place saves its size.
-            scaled = _scale_gradient(gradient, upstream, count, gradient)
-        return scaled, *[None] * 11
+            gradient = torch.ops.fastagglo.term_loss_backward(gradient, factor, ctx.dtype)
+        # Nobody will read the kept gradient again: it may become the result.
+        elif gradient.device.type != "cpu" or not same.all():  # elsewhere a look would wait
+            _scale_gradient(gradient, factor, gradient)
+        return gradient, *[None] * 10

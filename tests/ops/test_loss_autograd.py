@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import fastagglo.ops.loss_torch  # noqa: F401 - registers the operators
+from fastagglo.ops import loss_torch
 from fastagglo.ops.loss import Affine, LossTerm, multi_teacher_loss
 
 
@@ -44,6 +44,41 @@ def test_backward_twice(dtype):
     assert torch.equal(last, second)
     with pytest.raises(RuntimeError, match="second time"):
         torch.autograd.grad(loss.total, x)
+
+
+@pytest.mark.parametrize("kind", ["mse", "smooth_l1", "angular"])
+def test_total_is_not_scaled_again(kind, monkeypatch):
+    """The kept gradient has all factors of the total in it, to the bit; other sums scale it."""
+    x, t = features(3, (4, 5), 8, torch.float32, grad=True), features(3, (6, 4), 8)
+    mask = torch.rand(3, 6, 4) < 0.8
+    mask[1] = False
+    calls = []
+    scale = loss_torch._scale_gradient
+    monkeypatch.setattr(
+        loss_torch, "_scale_gradient", lambda *given: calls.append(given) or scale(*given)
+    )
+    for weight in (0.37, torch.tensor(0.37, requires_grad=True)):
+        for denominator in (None, 7.3, torch.tensor(7.3)):
+            term = LossTerm(kind, weight, dispersion=0.694, denominator=denominator)
+            multi_teacher_loss([x], [t], [term], [mask]).total.backward()
+    assert not calls
+    multi_teacher_loss([x], [t], [term], [mask]).per_term.sum().backward()
+    assert len(calls) == 1
+
+
+def test_weight_of_zero():
+    """The total does not see the term, yet its losses have gradients."""
+    x, t = features(2, (3, 3), 4, grad=True), features(2, (3, 3), 4)
+    want = torch.autograd.grad(multi_teacher_loss([x], [t], [LossTerm("mse")]).total, x)[0]
+    for weight in (0.0, torch.tensor(0.0)):
+        loss = multi_teacher_loss([x], [t], [LossTerm("mse", weight)])
+        total, per_term, per_image = (
+            torch.autograd.grad(score, x, retain_graph=True)[0]
+            for score in (loss.total, loss.per_term.sum(), loss.per_image[0].mean())
+        )
+        assert not total.any()
+        torch.testing.assert_close(per_term, want)
+        torch.testing.assert_close(per_image, want)
 
 
 def test_one_prediction_in_two_terms_accumulates():
@@ -85,13 +120,14 @@ def test_bit_equal_runs():
 
 def op_arguments(kind, dtype, with_gradient, geometry):
     ours, theirs, grid = geometry
-    full = {"valid": None, "mean": None, "scale": None, "rotation": None, "shift": None}
+    full = {"cells": None, "mean": None, "scale": None, "rotation": None, "shift": None}
     if theirs != ours:
-        full["valid"] = torch.rand(2, *theirs) < 0.8
+        full["cells"] = torch.rand(2, *grid) < 0.8
         full["mean"], full["scale"] = torch.randn(5), torch.tensor(2.0)
         full["rotation"], full["shift"] = torch.randn(5, 5), torch.ones(2, 2).double()
     tensors = (features(2, ours, 5, dtype), features(2, theirs, 5, dtype))
-    return (*tensors, *full.values(), kind, 1.0, *grid, with_gradient)
+    count, factor = torch.tensor([12.0, 3]), torch.rand(2)
+    return (*tensors, *full.values(), count, factor, kind, 1.0, *grid, with_gradient)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -100,7 +136,7 @@ def test_opcheck(dtype, with_gradient):
     for kind, geometry in (("mse", ((3, 4),) * 3), ("cosine", ((3, 4), (5, 2), (5, 4)))):
         arguments = op_arguments(kind, dtype, with_gradient, geometry)
         torch.library.opcheck(torch.ops.fastagglo.term_loss.default, arguments)
-    kept = (features(2, (3, 4), 5, dtype), torch.randn(2), torch.tensor([12.0, 3]), dtype)
+    kept = (features(2, (3, 4), 5, dtype), torch.randn(2), dtype)
     torch.library.opcheck(torch.ops.fastagglo.term_loss_backward.default, kept)
 
 
