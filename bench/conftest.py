@@ -22,6 +22,9 @@ LOAD = os.getloadavg()[0]  # now: what others did before we did anything
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="tiny cases, a few rounds: does it run?")
+    parser.addoption(
+        "--peers", metavar="NAMES", help="only these, comma-separated"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -31,6 +34,17 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _no_backend_from_outside(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTAGGLO_BACKEND", raising=False)
+
+
+@pytest.fixture
+def suite(request: pytest.FixtureRequest) -> Any:
+    return request.module.SUITE
+
+
+@pytest.fixture
+def chosen_peers(request: pytest.FixtureRequest) -> list[str] | None:
+    given = request.config.getoption("peers")
+    return None if given is None else [name for name in given.split(",") if name]
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import tempfile
@@ -11,10 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 # A round shorter than this on CUDA is mostly launch and wait: it repeats the call.
 SHORTEST_ROUND = 2e-3
+
+# Bytes that no cache holds: 2 x the second-level cache of a large GPU, 1.5 x a CPU's third level.
+FLUSHED = {"cuda": 1 << 28, "cpu": 3 << 24}
 
 Call = Callable[[], Any]
 
@@ -80,16 +85,30 @@ def repeated(call: Call, times: int, device: str) -> Call:
 class Rivals:
     """Times some calls by turns, a round at a time; the first one changes from round to round."""
 
-    def __init__(self, calls: Mapping[str, Call]) -> None:
+    def __init__(self, calls: Mapping[str, Call], device: str) -> None:
         self._calls = list(calls.items())
+        self._device = device
         self._round = 0
         self.seconds: dict[str, list[float]] = {name: [] for name in calls}
 
     def __call__(self) -> None:
-        """One round."""
+        """One round, and a cache without our inputs for who comes next."""
         first = self._round % max(1, len(self._calls))
         self._round += 1
         for name, call in self._calls[first:] + self._calls[:first]:
+            flush(self._device)
             start = time.perf_counter()
             call()
             self.seconds[name].append(time.perf_counter() - start)
+        flush(self._device)
+
+
+@functools.cache
+def _filler(device: str) -> Tensor:
+    return torch.empty(FLUSHED[device], dtype=torch.uint8, device=device)
+
+
+def flush(device: str) -> None:
+    """Fill the device's caches with something else, and wait."""
+    _filler(device).zero_()
+    finish(device)
