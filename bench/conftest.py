@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(_Outcomes(), "bench-outcomes")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _compiled_anew() -> Iterator[None]:
+    """What torch.compile takes is measured, so that nothing may lie ready from an earlier run."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(os.environ, "TORCHINDUCTOR_CACHE_DIR", folder)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ other, so that a machine that slows down does so for all of them.
 from __future__ import annotations
 
 import re
-import time
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,10 +21,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.measure import Call, Rivals, peak_memory, repeated, repeats
+from bench.measure import Rivals, clock_of, once, peak_memory, repeated, repeats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = "fastagglo"
+CLOCK = clock_of(DEVICE)
 
 Results = Mapping[str, Tensor]
 
@@ -122,10 +123,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize("case", cases, ids=[case.id for case in cases])
 
 
+@pytest.mark.benchmark(timer=CLOCK)
 def test_duel(
     case: Case, suite: Suite, benchmark: Any, quick: bool, chosen_peers: Sequence[str] | None
 ) -> None:
     """Us and our peers by turns; all that is not our own time goes to ``extra_info``."""
+    if "torch._dynamo" in sys.modules:  # it falls back to eager after eight shapes of one function
+        torch.compiler.reset()
     batch = suite.batch(case, DEVICE)
     peers = [p for p in case.peers if chosen_peers is None or p in chosen_peers]
     expected = suite.peers[OURS][1](batch).results() if peers else {}
@@ -135,13 +139,13 @@ def test_duel(
     seconds: dict[str, float] = {}
     for name in (OURS, *peers):
         try:
-            runs[name], rows[name], seconds[name] = _ready(suite, name, batch, expected)
+            runs[name], rows[name], seconds[name] = ready(suite, name, batch, expected)
         except Unavailable as reason:
             absent[name] = str(reason)
     times = {name: repeats(seconds[name], DEVICE) for name in runs}
-    calls = {name: repeated(run, times[name], DEVICE) for name, run in runs.items()}
+    calls = {name: repeated(run, times[name]) for name, run in runs.items()}
     ours = calls.pop(OURS)
-    turn = Rivals(calls, DEVICE)
+    turn = Rivals(calls, DEVICE, CLOCK)
     whole = sum(times[name] * seconds[name] for name in runs)
     rounds = 3 if quick else min(40, max(5, int(suite.seconds[DEVICE] / whole)))
     benchmark.group = f"{suite.name}: {case.id}"
@@ -156,7 +160,7 @@ def test_duel(
     )
 
 
-def _ready(
+def ready(
     suite: Suite, name: str, batch: Any, expected: Results
 ) -> tuple[Run, dict[str, Any], float]:
     """A peer that agrees with us, what the results say of it, and about how long a call takes.
@@ -171,7 +175,7 @@ def _ready(
             suite.compare(name, run.results(), expected, batch)
         run()  # warms up
         memory, _ = peak_memory(run, DEVICE)
-        seconds = _seconds(run)
+        seconds = once(run, DEVICE)
     except (AssertionError, Unavailable):
         raise
     except Exception as error:  # whatever a library raises for what it cannot do
@@ -181,13 +185,6 @@ def _ready(
         line = re.sub(r"/[\w./-]+/", "", line)[:160]  # no paths of this machine in the results
         raise Unavailable(f"{type(error).__name__}: {line}") from error
     return run, {"memory_bytes": memory, "input_bytes": run.input_bytes} | dict(run.info), seconds
-
-
-def _seconds(run: Call) -> float:
-    once = repeated(run, 1, DEVICE)
-    start = time.perf_counter()
-    once()
-    return time.perf_counter() - start
 
 
 def close(peer: str, name: str, found: Tensor, right: Tensor, limit: float) -> None:

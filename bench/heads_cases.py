@@ -11,7 +11,8 @@ from typing import Any
 
 from fastagglo.kernels.mlp import Cost, pointwise_cost, product_cost
 
-PEERS_OF_ALL = ("fastagglo", "kept", "eager", "compile")
+EAGER = ("kept", "eager")
+CUDA = (*EAGER, "compile", "liger", "fla")
 
 # Of an H100 SXM's data sheet: dense bfloat16 FLOP/s, and bytes/s.
 ROOF = (989e12, 3.35e12)
@@ -22,18 +23,22 @@ class Case:
     """The spatial heads of some teachers over one x, forward and backward, x's gradient too.
 
     Attributes:
-        name: for test ids.
+        id: for tests and results.
         tokens: rows of x.
         width: channels of x.
         heads: of each teacher, hidden and output channels.
         blocks: residual blocks of each head.
+        size: bytes of an element.
+        peers: who takes part beside us, by name in ``heads_peers.PEERS``.
     """
 
-    name: str
+    id: str
     tokens: int
     width: int
     heads: tuple[tuple[int, int], ...]
     blocks: int = 0
+    size: int = 4
+    peers: tuple[str, ...] = EAGER
 
     @property
     def label(self) -> str:
@@ -45,16 +50,40 @@ class Case:
     @property
     def flops(self) -> int:
         """Of the products: each layer's forward, weight gradient and input gradient."""
-        return sum(cost.flops for _, cost in passes(self, 1))
+        return sum(cost.flops for _, cost in passes(self))
+
+    @property
+    def parameters(self) -> int:
+        """Of all heads together."""
+        last = sum(2 * h + (h + 1) * out for h, out in self.heads)
+        first = sum((self.width + 1) * h for h, _ in self.heads)
+        return first + last + sum(self.blocks * (2 * h + (h + 1) * h) for h, _ in self.heads)
+
+    @property
+    def bytes(self) -> int:
+        """Of x, the weights and the outputs' gradients, read; of outputs and gradients, written."""
+        outputs = self.tokens * sum(out for _, out in self.heads)
+        return 2 * self.size * (self.tokens * self.width + self.parameters + outputs)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the results say of a case."""
+        return {
+            "label": self.label,
+            "tokens": self.tokens,
+            "width": self.width,
+            "heads": [f"{hidden} -> {out}" for hidden, out in self.heads],
+            "blocks": self.blocks,
+            "pass": "forward+backward",
+            "flops": self.flops,
+            "bytes": self.bytes,
+            "moved_mb": round(sum(cost.bytes for _, cost in passes(self)) / 1e6, 1),
+        }
 
 
-def passes(case: Case, size: int) -> Iterator[tuple[str, Cost]]:
-    """Each pass over memory of the heads, where cuBLAS multiplies: in words, and its cost.
-
-    Args:
-        size: bytes of an element.
-    """
-    m, k = case.tokens, case.width
+def passes(case: Case) -> Iterator[tuple[str, Cost]]:
+    """Each pass over memory of our heads, where cuBLAS multiplies: in words, and its cost."""
+    m, k, size = case.tokens, case.width, case.size
     yield "first layers, forward", product_cost("linear", m, sum(h for h, _ in case.heads), k, size)
     for hidden, out in case.heads:
         steps = [(hidden, True)] * case.blocks + [(out, False)]
@@ -85,53 +114,35 @@ OUTPUTS = (1024, 1152, 1280, 1536)
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """What each peer is timed on, on ``"cuda"`` or ``"cpu"``."""
+    """What is measured on ``"cuda"`` or ``"cpu"``. Compiling takes 20 s: on a CPU once."""
     if quick:
         return [Case("small", 50, 48, ((64, 40), (72, 56))), Case("deep", 50, 48, ((64, 40),), 2)]
     if device == "cpu":
         # radio-v2.5-b's heads, on 8 images of 16 x 16 patches.
+        four = tuple((1024, out) for out in OUTPUTS)
         return [
-            Case("four-heads", 8 * 16 * 16, 768, tuple((1024, out) for out in OUTPUTS)),
-            Case("deep", 4 * 16 * 16, 768, ((1024, 1024), (1024, 1280)), 2),
+            Case("four-heads", 8 * 16 * 16, 768, four, peers=CUDA),
+            Case("deep", 2 * 16 * 16, 768, ((1024, 1024), (1024, 1280)), 2),
         ]
     hidden = (1520, 1520, 2560, 2560)
+    four, deep = tuple(zip(hidden, OUTPUTS, strict=True)), tuple((1520, out) for out in OUTPUTS)
     return [
-        Case("four-heads", 46_080, 1280, tuple(zip(hidden, OUTPUTS, strict=True))),
-        Case("deep", 46_080, 1280, tuple((1520, out) for out in OUTPUTS), 2),
+        Case("four-heads", 46_080, 1280, four, size=2, peers=CUDA),
+        Case("deep", 46_080, 1280, deep, 2, size=2, peers=CUDA),
     ]
-
-
-def peers_of(quick: bool) -> tuple[str, ...]:
-    """Who takes part, by name in ``heads_peers.PEERS``: compiling is not quick."""
-    return tuple(name for name in PEERS_OF_ALL if not (quick and name == "compile"))
-
-
-def facts(case: Case, size: int) -> dict[str, Any]:
-    """What the results say of a case."""
-    costs = [cost for _, cost in passes(case, size)]
-    return {
-        "label": case.label,
-        "tokens": case.tokens,
-        "width": case.width,
-        "heads": [f"{hidden} -> {out}" for hidden, out in case.heads],
-        "blocks": case.blocks,
-        "pass": "forward+backward",
-        "flops": case.flops,
-        "moved_mb": round(sum(cost.bytes for cost in costs) / 1e6, 1),
-    }
 
 
 def main() -> None:
     """Print the passes of the GPU's cases, alike ones together."""
     flops, bandwidth = ROOF
     for case in cases("cuda", quick=False):
-        print(f"{case.name}: {case.label}, bfloat16")
+        print(f"{case.id}: {case.label}, bfloat16")
         print(
             f"roofline of {flops / 1e12:g} TFLOP/s and {bandwidth / 1e12:g} TB/s, not a measurement"
         )
         print(f"    {'':42} {'GFLOP':>8} {'MB':>8} {'us':>8}")
         lines: dict[str, list[Cost]] = {}
-        for name, cost in passes(case, 2):
+        for name, cost in passes(case):
             lines.setdefault(name, []).append(cost)
         lines["all"] = [cost for costs in lines.values() for cost in costs]
         for name, costs in lines.items():

@@ -5,15 +5,16 @@ Everyone has the same weights, and gives the outputs and the gradients of x and 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bench.engine import Unavailable
 from bench.heads_cases import Case
-from bench.measure import finish
+from bench.measure import once
 from fastagglo.ops import AdaptorHeads, HeadSpec, use_backend
 
 Heads = Callable[[Tensor], list[Tensor]]
@@ -67,13 +68,13 @@ class Run:
         heads: from x to the outputs.
         batch: what it is ready for.
         parameters: of all heads, in the order of ``Batch.state``.
-        compile_seconds: what its first call took, if it was compiled.
+        compiled: ``compile_seconds`` of what is compiled.
     """
 
     heads: Heads
     batch: Batch
     parameters: list[Tensor]
-    compile_seconds: float | None = None
+    compiled: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def input_bytes(self) -> int:
@@ -84,6 +85,17 @@ class Run:
         outputs = self.heads(self.batch.x)
         leaves = [self.batch.x, *self.parameters]
         return [*outputs, *torch.autograd.grad(outputs, leaves, self.batch.upstream)]
+
+    def results(self) -> dict[str, Tensor]:
+        """The outputs, and the gradients of x and of each parameter."""
+        outputs = [f"output {i}" for i in range(len(self.batch.upstream))]
+        names = [*outputs, *(f"gradient of {name}" for name in ("x", *self.batch.state))]
+        return {name: value.detach() for name, value in zip(names, self(), strict=True)}
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What autograd keeps, and what compiling took."""
+        return {"saved_bytes": self.saved_bytes()} | dict(self.compiled)
 
     def saved_bytes(self) -> int:
         """What autograd keeps between forward and backward beyond x and the parameters.
@@ -106,11 +118,6 @@ class Run:
             outputs = self.heads(self.batch.x)
         del outputs
         return total
-
-
-def prepare(name: str, batch: Batch) -> Run:
-    """The peer ``name`` of :data:`PEERS`, ready to run the batch."""
-    return PEERS[name][1](batch)
 
 
 def _ours(case: Case, recompute: bool = True) -> AdaptorHeads:
@@ -137,15 +144,15 @@ def _kept(batch: Batch) -> Run:
     return _fastagglo(batch, recompute=False)
 
 
-def _eager(batch: Batch) -> Run:
+def _eager(batch: Batch, norm: Callable[[int], nn.Module] = nn.LayerNorm) -> Run:
     case, values = batch.case, iter(batch.state.values())
     modules = nn.ModuleList()
     for hidden, out in case.heads:
         blocks = (
-            _Residual(nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, hidden))
+            _Residual(norm(hidden), nn.GELU(), nn.Linear(hidden, hidden))
             for _ in range(case.blocks)
         )
-        last = (nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, out))
+        last = (norm(hidden), nn.GELU(), nn.Linear(hidden, out))
         modules.append(nn.Sequential(nn.Linear(case.width, hidden), *blocks, *last))
     modules.to(batch.x.device, batch.x.dtype)
     modules.load_state_dict({name: next(values) for name in modules.state_dict()})
@@ -153,14 +160,29 @@ def _eager(batch: Batch) -> Run:
 
 
 def _compile(batch: Batch) -> Run:
-    torch.compiler.reset()
     eager = _eager(batch)
-    run = Run(torch.compile(eager.heads, dynamic=False), batch, eager.parameters)
-    start = time.perf_counter()
-    run()
-    finish(batch.x.device.type)
-    seconds = time.perf_counter() - start
-    return Run(run.heads, batch, run.parameters, seconds)
+    run = replace(eager, heads=torch.compile(eager.heads, dynamic=False))
+    return replace(run, compiled={"compile_seconds": once(run, batch.x.device.type)})
+
+
+def _liger(batch: Batch) -> Run:
+    if not batch.x.is_cuda:
+        raise Unavailable("liger-kernel needs CUDA")
+    try:
+        from liger_kernel.transformers.layer_norm import LigerLayerNorm
+    except ImportError:
+        raise Unavailable("liger-kernel is not installed: pip install liger-kernel") from None
+    return _eager(batch, lambda width: LigerLayerNorm(width, eps=1e-5, bias=True))
+
+
+def _fla(batch: Batch) -> Run:
+    if not batch.x.is_cuda:
+        raise Unavailable("fla-core needs CUDA")
+    try:
+        from fla.modules import LayerNorm
+    except ImportError:
+        raise Unavailable("fla-core is not installed: pip install fla-core") from None
+    return _eager(batch, lambda width: LayerNorm(width, bias=True, eps=1e-5))
 
 
 PEERS: dict[str, tuple[str, Callable[[Batch], Run]]] = {
@@ -168,5 +190,7 @@ PEERS: dict[str, tuple[str, Callable[[Batch], Run]]] = {
     "kept": ("fastagglo, recompute=False", _kept),
     "eager": ("eager twin (nn.Sequential)", _eager),
     "compile": ("torch.compile of the eager twin", _compile),
+    "liger": ("eager twin, liger-kernel's LayerNorm", _liger),
+    "fla": ("eager twin, fla-core's LayerNorm", _fla),
 }
 """By name: what it is in words, and what makes it ready for a batch."""

@@ -64,6 +64,42 @@ def peak_memory(call: Call, device: str) -> tuple[int, float]:
     return peak, seconds
 
 
+class DeviceClock:
+    """Seconds of a CUDA device: the difference of two readings is that of two events of its stream.
+
+    So the time of a call is the device's, from its first kernel's launch to its last one's end, as
+    ``triton.testing.do_bench`` has it, and not that in which the host notices. A reading waits.
+    """
+
+    def __init__(self) -> None:
+        self._last: torch.cuda.Event | None = None
+        self._seconds = 0.0
+
+    def __call__(self) -> float:
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        event.synchronize()
+        if self._last is not None:
+            # From one reading to the next: an event's float32 holds no whole run in microseconds.
+            self._seconds += self._last.elapsed_time(event) / 1e3
+        self._last = event
+        return self._seconds
+
+
+def clock_of(device: str) -> Callable[[], float]:
+    """What all peers of a duel are timed with; it waits for the device."""
+    return DeviceClock() if device == "cuda" else time.perf_counter
+
+
+def once(call: Call, device: str) -> float:
+    """Seconds of a single call, the device awaited: a first one compiles."""
+    finish(device)
+    start = time.perf_counter()
+    call()
+    finish(device)
+    return time.perf_counter() - start
+
+
 def repeats(seconds: float, device: str) -> int:
     """How often a round repeats a call of this length."""
     if device != "cuda":
@@ -71,13 +107,12 @@ def repeats(seconds: float, device: str) -> int:
     return min(50, max(1, math.ceil(SHORTEST_ROUND / seconds)))
 
 
-def repeated(call: Call, times: int, device: str) -> Call:
-    """A function that makes the call some times and waits for the device."""
+def repeated(call: Call, times: int) -> Call:
+    """A function that makes the call some times."""
 
     def run() -> None:
         for _ in range(times):
             call()
-        finish(device)
 
     return run
 
@@ -85,9 +120,10 @@ def repeated(call: Call, times: int, device: str) -> Call:
 class Rivals:
     """Times some calls by turns, a round at a time; the first one changes from round to round."""
 
-    def __init__(self, calls: Mapping[str, Call], device: str) -> None:
+    def __init__(self, calls: Mapping[str, Call], device: str, clock: Callable[[], float]) -> None:
         self._calls = list(calls.items())
         self._device = device
+        self._clock = clock
         self._round = 0
         self.seconds: dict[str, list[float]] = {name: [] for name in calls}
 
@@ -97,9 +133,9 @@ class Rivals:
         self._round += 1
         for name, call in self._calls[first:] + self._calls[:first]:
             flush(self._device)
-            start = time.perf_counter()
+            start = self._clock()
             call()
-            self.seconds[name].append(time.perf_counter() - start)
+            self.seconds[name].append(self._clock() - start)
         flush(self._device)
 
 
