@@ -6,6 +6,7 @@
     python train.py --data.images path/to/photos   # any setting of the recipe, from the shell
     python train.py --resume runs/demo             # go on with an interrupted run
     torchrun --nproc-per-node 8 train.py --recipe radio-v2.5-b    # one process per GPU
+    python train.py plan --recipe radio-v2.5-h --gpus 256 --gpu h100    # what it will cost
 
 The road from here: `fastagglo.train.recipe` reads the configuration, `fastagglo.train.loop.Trainer`
 builds student, teachers and data and runs the steps, `fastagglo.distill.Distiller` computes the
@@ -31,10 +32,14 @@ from fastagglo.train import (
     run_folder,
 )
 from fastagglo.train.distributed import is_main
+from fastagglo.train.plan_command import main as plan
 
 
 def main(arguments: list[str]) -> int:
     """Run one training; the exit status is 0 unless the user has something to mend."""
+    if arguments[:1] == ["plan"]:
+        plan(arguments[1:])
+        return 0
     config = parse_arguments(arguments)
     device = choose_device(config.device)
     with process_group(device):

@@ -68,7 +68,7 @@ class Planner:
             *(s for st in config.stages for g in st.groups for s in g.sizes),
         }:
             for name in specs:
-                for choice in self._teacher_sizes(name, size):
+                for choice in self.teacher_sizes(name, size):
                     self._check_teacher_size(name, choice)
 
     def __call__(self, micro_step: int) -> StepPlan:
@@ -99,7 +99,7 @@ class Planner:
     ) -> GroupPlan:
         views = {}
         for name in self.specs:
-            choices = self._teacher_sizes(name, size)
+            choices = self.teacher_sizes(name, size)
             views[name] = choices[int(draws[name] * len(choices))]
         if self.config.distill.mesa_weight > 0 and shift_std > 0:
             views[EMA_VIEW] = size
@@ -107,7 +107,7 @@ class Planner:
             size=size, count=count, teachers=views, shift_std=shift_std, patch_size=self.patch_size
         )
 
-    def _teacher_sizes(self, name: str, student_size: int) -> tuple[int, ...]:
+    def teacher_sizes(self, name: str, student_size: int) -> tuple[int, ...]:
         settings, spec = self.config.teachers[name], self.specs[name]
         if settings.mosaic and spec.input_size:
             # A tile with as many cells as the student has, if at least 2 x 2 fit the canvas.

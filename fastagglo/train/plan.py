@@ -1,0 +1,347 @@
+"""What a recipe costs on N GPUs, before anybody pays: ``python train.py plan --gpus 256``.
+
+Arithmetic alone (`fastagglo.model.cost`): nothing is loaded and no GPU is needed. Every figure that
+is not counted is an assumption, printed with the plan and set from the shell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from fastagglo.distill.mosaic import mosaic_plan
+from fastagglo.errors import UserError, suggestion
+from fastagglo.model import Student, StudentConfig
+from fastagglo.model.cost import VitShape, activation_bytes, student_flops, vit_flops
+from fastagglo.teachers import TeacherSpec
+from fastagglo.train.config import GroupSettings, RunConfig, TeacherSettings
+from fastagglo.train.loop import build_student, stated_widths
+from fastagglo.train.schedule import Planner
+from fastagglo.train.teacher_shapes import SHAPES, TeacherShape
+
+GIB = 2**30
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A data-centre part.
+
+    Attributes:
+        tflops: dense bf16 TFLOP/s.
+        memory_gb: 1e9 bytes.
+        link_gb_s: what the network card beside it usually carries, each way.
+    """
+
+    tflops: float
+    memory_gb: float
+    link_gb_s: float
+
+
+# NVIDIA's data sheets, SXM parts; one network card a GPU, as in its own servers.
+GPUS = {
+    "a100": Gpu(312, 80, 25),
+    "h100": Gpu(989, 80, 50),
+    "h200": Gpu(989, 141, 50),
+    "b200": Gpu(2250, 180, 50),
+    "l40s": Gpu(362, 48, 25),
+}
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What a plan cannot count.
+
+    Attributes:
+        utilisation: share of the peak that student and teachers reach.
+        link_gb_s: that a GPU sends in an all-reduce over the network; None is the GPU's usual.
+        image_kb: of an image file in storage.
+        images_per_core: that a CPU core decodes and crops in a second.
+    """
+
+    utilisation: float = 0.5
+    link_gb_s: float | None = None
+    image_kb: float = 110.0
+    images_per_core: float = 200.0
+
+
+@dataclass(frozen=True)
+class TeacherCost:
+    """A teacher in one stage, means over the draws of sizes.
+
+    Attributes:
+        flops: of an image of the step, forward.
+        parameters: of its image tower.
+        name: in the recipe.
+    """
+
+    name: str
+    parameters: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage on one GPU of many.
+
+    Attributes:
+        name, steps, images: the stage's; images of a step over all GPUs.
+        student_flops, heads_flops: forward, of an image.
+        teachers: their costs.
+        seconds: of a step by part: student, teachers, all-reduce that no backward hides, data that
+            no GPU work hides.
+        memory: bytes of a GPU by part, at the largest sizes.
+        communicated: bytes that a GPU sends in a step.
+        images_per_second: over all GPUs.
+    """
+
+    name: str
+    steps: int
+    images: int
+    student_flops: float
+    heads_flops: float
+    teachers: tuple[TeacherCost, ...]
+    seconds: dict[str, float]
+    memory: dict[str, int]
+    communicated: int
+    gpus: int
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.step_seconds
+
+    @property
+    def gpu_hours(self) -> float:
+        return self.steps * self.step_seconds * self.gpus / 3600
+
+    @property
+    def bottleneck(self) -> str:
+        return max(self.seconds, key=lambda part: self.seconds[part])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A recipe on a number of GPUs.
+
+    Attributes:
+        config, gpus, gpu, assumptions: what was asked.
+        parameters: of the student by part.
+        stages: a plan each.
+        unknown: teachers whose shape is not known: they are left out.
+    """
+
+    config: RunConfig
+    gpus: int
+    gpu: str
+    assumptions: Assumptions
+    parameters: dict[str, int]
+    stages: tuple[StagePlan, ...]
+    unknown: tuple[str, ...]
+
+    @property
+    def gpu_hours(self) -> float:
+        return sum(stage.gpu_hours for stage in self.stages)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Of a GPU, in the stage that needs most."""
+        return max(sum(stage.memory.values()) for stage in self.stages)
+
+    @property
+    def fits(self) -> bool:
+        return self.memory_bytes <= GPUS[self.gpu].memory_gb * 1e9
+
+
+def make_plan(config: RunConfig, gpus: int, gpu: str, assumptions: Assumptions) -> Plan:
+    """Count what each stage of a run costs on each of ``gpus`` GPUs.
+
+    Raises:
+        UserError: an unknown GPU, a number out of range, or a batch that the GPUs cannot divide.
+    """
+    if gpu not in GPUS:
+        raise UserError(
+            f"--gpu {gpu}: unknown, expected one of {', '.join(GPUS)}" + suggestion(gpu, GPUS)
+        )
+    if gpus < 1:
+        raise UserError(f"--gpus must be at least 1, got {gpus}")
+    for field in dataclasses.fields(assumptions):
+        value = getattr(assumptions, field.name)
+        if value is None:
+            continue
+        most = 1.0 if field.name == "utilisation" else math.inf
+        if not 0 < value <= most:
+            limit = " and at most 1" if most == 1 else ""
+            name = field.name.replace("_", "-")
+            raise UserError(f"--{name} must be above 0{limit}, got {value:g}")
+    shapes = {n: SHAPES[t.model] for n, t in config.teachers.items() if t.model in SHAPES}
+    student = _student(config)
+    planner = Planner(
+        config,
+        {name: _spec(name, shape) for name, shape in shapes.items()},
+        student.config.patch_size,
+        gpus,
+    )
+    parameters = _parameters(student)
+    stages = tuple(
+        _stage(config, index, student, parameters, shapes, planner, gpus, GPUS[gpu], assumptions)
+        for index in range(len(config.stages))
+    )
+    unknown = tuple(name for name in config.teachers if name not in shapes)
+    return Plan(config, gpus, gpu, assumptions, parameters, stages, unknown)
+
+
+def _student(config: RunConfig) -> Student:
+    widths = {
+        name: (summary or 1024, spatial or 1024)
+        for name, (summary, spatial) in stated_widths(config).items()
+    }
+    with torch.device("meta"):
+        return build_student(config, widths)
+
+
+def _parameters(student: Student) -> dict[str, int]:
+    heads = sum(p.numel() for p in student.heads.parameters())
+    heads += sum(p.numel() for p in student.head_blocks.parameters())
+    return {"trunk": sum(p.numel() for p in student.parameters()) - heads, "heads": heads}
+
+
+def _spec(name: str, shape: TeacherShape) -> TeacherSpec:
+    grey, patch = (0.5, 0.5, 0.5), shape.vit.patch
+    return TeacherSpec(
+        name, shape.input_size, patch, patch, grey, grey, shape.vit.width, shape.vit.width
+    )
+
+
+def _teacher_flops(
+    settings: TeacherSettings, shape: TeacherShape, size: int, planner: Planner, name: str
+) -> float:
+    """Forward FLOPs of one image of a group at the student's ``size``, mean over the draws."""
+    choices = planner.teacher_sizes(name, size)
+    total = 0.0
+    for choice in choices:
+        canvas = shape.input_size
+        if settings.mosaic and canvas is not None and choice < canvas:
+            tiles = mosaic_plan(choice, canvas, shape.vit.patch).per_canvas
+            total += vit_flops(shape.vit, canvas, canvas) / tiles
+        else:
+            total += vit_flops(shape.vit, choice, choice)
+    return total / len(choices)
+
+
+def _mean(group: GroupSettings, of_size: Callable[[int], float]) -> float:
+    return sum(of_size(size) for size in group.sizes) / len(group.sizes)
+
+
+def _trunk_flops(config: RunConfig, shape: StudentConfig, size: int) -> float:
+    """Forward FLOPs of one image, mean over the draws of windows that divide it."""
+    settings = config.student
+    whole = student_flops(shape, size, size)[0]
+    fitting = [w for w in settings.windows if size // shape.patch_size % w == 0]
+    if not fitting:
+        return whole
+    windowed = sum(student_flops(shape, size, size, w)[0] for w in fitting) / len(fitting)
+    return whole + settings.window_probability * (windowed - whole)
+
+
+def _stage(
+    config: RunConfig, index: int, student: Student, parameters: dict[str, int],
+    shapes: dict[str, TeacherShape], planner: Planner, gpus: int, gpu: Gpu, given: Assumptions,
+) -> StagePlan:  # fmt: skip
+    stage, shape = config.stages[index], student.config
+    images = sum(group.images for group in stage.groups)
+    trunk = heads = 0.0
+    for group in stage.groups:
+        trunk += group.images * _mean(group, lambda s: _trunk_flops(config, shape, s))
+        heads += group.images * _mean(group, lambda s: student_flops(shape, s, s)[1])
+    teachers = []
+    for name, known in shapes.items():
+        settings = config.teachers[name]
+        flops = sum(
+            group.images * _mean(group, lambda s: _teacher_flops(settings, known, s, planner, name))  # noqa: B023
+            for group in stage.groups
+        )
+        teachers.append(TeacherCost(name, known.vit.parameters, flops / images))
+    rate = gpus * gpu.tflops * 1e12 * given.utilisation
+    again = 1 if config.student.checkpoint_blocks else 0
+    average = 1 if config.distill.mesa_weight > 0 else 0
+    backward = 2 * (trunk + heads) / rate
+    seconds = {
+        "student": ((1 + again + average) * trunk + heads) / rate + backward,
+        "teachers": sum(t.flops for t in teachers) * images / rate,
+    }
+    # A ring sends and receives nearly every gradient twice; it overlaps the last backward.
+    communicated = round(8 * sum(parameters.values()) * (gpus - 1) / gpus)
+    last = backward / config.optimiser.accumulate
+    reduce_seconds = communicated / ((given.link_gb_s or gpu.link_gb_s) * 1e9)
+    seconds["all-reduce"] = max(0.0, reduce_seconds - last)
+    decoded = gpus * max(1, config.data.workers) * given.images_per_core
+    seconds["data"] = max(0.0, images / decoded - sum(seconds.values()))
+    return StagePlan(
+        stage.name,
+        stage.steps,
+        images,
+        trunk / images,
+        heads / images,
+        tuple(teachers),
+        seconds,
+        _memory(config, index, student, parameters, shapes, planner, gpus),
+        communicated,
+        gpus,
+    )
+
+
+def _memory(
+    config: RunConfig, index: int, student: Student, parameters: dict[str, int],
+    shapes: dict[str, TeacherShape], planner: Planner, gpus: int,
+) -> dict[str, int]:  # fmt: skip
+    """Bytes of a GPU by part, at the largest sizes that a step of the stage may draw."""
+    shape, count = student.config, sum(parameters.values())
+    bf16 = config.optimiser.precision == "bf16"
+    shares = gpus * config.optimiser.accumulate
+    activations = losses = working = 0
+    for group in config.stages[index].groups:
+        here, size = group.images // shares, max(group.sizes)
+        activations += here * activation_bytes(
+            shape, size, size, bf16=bf16, checkpoint_blocks=config.student.checkpoint_blocks
+        )
+        patches = (size // shape.patch_size) ** 2
+        for name, spec in shape.heads.items():
+            # The prediction and its gradient, which the loss keeps, and the teacher's features.
+            cells = patches * spec.upsample**2
+            losses += here * cells * (spec.spatial or 0) * (2 * (2 if bf16 else 4))
+            known = shapes.get(name)
+            if known is None:
+                continue
+            choice = max(planner.teacher_sizes(name, size))
+            rows = (choice // known.vit.patch) ** 2
+            wide = BYTES[config.teachers[name].dtype]
+            losses += here * rows * (spec.spatial or 0) * wide
+            working = max(working, here * rows * _working(known.vit) * wide)
+    teachers = sum(s.vit.parameters * BYTES[config.teachers[n].dtype] for n, s in shapes.items())
+    return {
+        "parameters": 4 * count + (2 * count if bf16 else 0),
+        "gradients": 4 * count * (2 if gpus > 1 else 1),  # DDP's buckets are a copy
+        "optimiser": 8 * count,
+        "average student": 4 * count if config.distill.ema_decay else 0,
+        "teachers": teachers,
+        "teachers at work": working,
+        "activations": activations,
+        "predictions and targets": losses,
+    }
+
+
+def _working(vit: VitShape) -> int:
+    """Elements a row that a block's forward holds at once: residual, norm, hidden layer."""
+    return 2 * vit.width + max(4 * vit.width, (3 if vit.gated else 2) * vit.mlp_width)
+
+
+# A100-hours that PHI-S (arXiv 2410.01680) states for its ViT-B, stage by stage.
+PUBLISHED = {"radio-v2.5-b": (32 * 40.0, 64 * 64.0, 128 * 68.0)}
