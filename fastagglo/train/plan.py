@@ -156,6 +156,17 @@ class Plan:
         return max(sum(stage.memory.values()) for stage in self.stages)
 
     @property
+    def undivided(self) -> list[str]:
+        """Settings of groups whose images the GPUs cannot share evenly, as the trainer wants."""
+        shares = self.gpus * self.config.optimiser.accumulate
+        return [
+            f"stages.{i}.groups.{j}.images ({group.images})"
+            for i, stage in enumerate(self.config.stages)
+            for j, group in enumerate(stage.groups)
+            if group.images % shares
+        ]
+
+    @property
     def fits(self) -> bool:
         return self.memory_bytes <= GPUS[self.gpu].memory_gb * 1e9
 
@@ -164,7 +175,7 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, assumptions: Assumptions) 
     """Count what each stage of a run costs on each of ``gpus`` GPUs.
 
     Raises:
-        UserError: an unknown GPU, a number out of range, or a batch that the GPUs cannot divide.
+        UserError: an unknown GPU, or a number out of range.
     """
     if gpu not in GPUS:
         raise UserError(
@@ -187,7 +198,6 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, assumptions: Assumptions) 
         config,
         {name: _spec(name, shape) for name, shape in shapes.items()},
         student.config.patch_size,
-        gpus,
     )
     parameters = _parameters(student)
     stages = tuple(
@@ -308,7 +318,7 @@ def _memory(
     shares = gpus * config.optimiser.accumulate
     activations = losses = working = 0
     for group in config.stages[index].groups:
-        here, size = group.images // shares, max(group.sizes)
+        here, size = -(-group.images // shares), max(group.sizes)
         activations += here * activation_bytes(
             shape, size, size, bf16=bf16, checkpoint_blocks=config.student.checkpoint_blocks
         )

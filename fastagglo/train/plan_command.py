@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from fastagglo.errors import UserError, require
+from fastagglo.errors import require
 from fastagglo.train.config import RunConfig
 from fastagglo.train.plan import GIB, GPUS, PUBLISHED, Assumptions, Plan, make_plan
 from fastagglo.train.recipe import parse_arguments
@@ -99,6 +99,12 @@ def show(plan: Plan) -> None:
         f"files of {image_kb:g} kB; {given.images_per_core:g} images/s a CPU core, "
         f"{max(1, config.data.workers)} cores a GPU."
     )
+    if plan.undivided:
+        shares = plan.gpus * config.optimiser.accumulate
+        console.print(
+            f"To run it, make a multiple of {shares} (GPUs x optimiser.accumulate) of "
+            f"{', '.join(plan.undivided)}: the trainer gives every GPU the same."
+        )
     if plan.unknown:
         console.print(f"Left out, shape not known: teachers {', '.join(plan.unknown)}")
     if (stated := PUBLISHED.get(config.recipe)) and len(stated) == len(stages):
@@ -148,10 +154,9 @@ def advice(plan: Plan) -> str:
     change(f"--data.workers {workers}", "data", workers=workers)
     found = []
     for text, changed in changes:
-        try:
-            found.append((text, make_plan(changed, plan.gpus, plan.gpu, plan.assumptions)))
-        except UserError:  # the batch cannot be divided so
-            continue
+        other = make_plan(changed, plan.gpus, plan.gpu, plan.assumptions)
+        if len(other.undivided) <= len(plan.undivided):
+            found.append((text, other))
     able = [(text, other) for text, other in found if other.fits]
     if not plan.fits:
         if able:

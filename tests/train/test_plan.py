@@ -138,7 +138,6 @@ def test_advice():
     [
         (["--gpu", "h10"], "--gpu h10"),
         (["--gpus", "0"], "at least 1"),
-        (["--gpus", "7"], "multiple of 7"),
         (["--utilisation", "1.5"], "--utilisation must be above 0 and at most 1"),
         (["--link-gb-s", "0"], "--link-gb-s must be above 0"),
         (["--recipe", "radio-v2.5-z"], "radio-v2.5"),
@@ -160,6 +159,14 @@ def test_command():
     failed = subprocess.run([*command, "--gpu", "x"], cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 2
     assert "error: --gpu x" in failed.stderr
+
+
+def test_batches_that_gpus_cannot_share(capsys):
+    """256 GPUs for 128 images of 1024 px: planned as if they could, and said."""
+    plan_command.main(["--recipe", "radio-v2.5-h", "--gpus", "256"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "a multiple of 256" in printed
+    assert "stages.2.groups.1.images (128)" in printed
 
 
 def test_unknown_teachers_are_said(capsys):
