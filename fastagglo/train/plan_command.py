@@ -177,6 +177,11 @@ def advice(plan: Plan) -> str:
             f"teachers.{teacher.name}: {share:.0%} of the teachers' work; smaller `sizes`, or a "
             "smaller model"
         )
+    if worst.bottleneck == "all-reduce":
+        fewer = make_plan(config, plan.gpus // 2, plan.gpu, plan.assumptions)
+        if fewer.fits:
+            return f"--gpus {fewer.gpus}: gradients wait for the network; {_hours(fewer)} then"
+        return "stages.0.groups.0.images: more a step, since gradients wait for the network"
     return "nothing: the student's own arithmetic is the limit"
 
 

@@ -128,6 +128,8 @@ def test_advice():
     plan = make_plan(starved, 8, "b200", Assumptions(images_per_core=5))
     assert plan.stages[0].bottleneck == "data"
     assert advice(plan).startswith("--data.workers 2")
+    waiting = make_plan(load_recipe("radio-v2.5-h"), 256, "h100", Assumptions())
+    assert advice(waiting).startswith("--gpus 128: gradients wait")
     busy = make_plan(load_recipe("radio-v2.5-b"), 64, "a100", Assumptions())
     assert busy.stages[-1].bottleneck == "teachers"
     assert advice(busy).startswith("teachers.dino")
