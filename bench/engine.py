@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.measure import Rivals, clock_of, once, peak_memory, repeated, repeats
+from bench.measure import Rivals, clock_of, peak_memory, repeated, repeats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = "fastagglo"
@@ -174,8 +174,7 @@ def ready(
         if name != OURS:
             suite.compare(name, run.results(), expected, batch)
         run()  # warms up
-        memory, _ = peak_memory(run, DEVICE)
-        seconds = once(run, DEVICE)
+        memory, seconds = peak_memory(run, DEVICE)
     except (AssertionError, Unavailable):
         raise
     except Exception as error:  # whatever a library raises for what it cannot do

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
-PEERS_OF_ALL = ("fastagglo", "matrix", "matrix-fp32", "eager", "twin", "compile")
+EAGER = ("matrix", "matrix-fp32", "eager", "twin")
+ALL = (*EAGER, "compile")
 
 
 @dataclass(frozen=True)
@@ -51,14 +53,22 @@ class Case:
     """One thing to measure, forward and backward: as many terms as a step has.
 
     Attributes:
-        name: for test ids.
+        name: of the kind of terms.
         images: N of each term.
         terms: what is compared.
+        size: bytes of an element.
+        peers: who takes part beside us, by name in ``loss_peers.PEERS``.
     """
 
     name: str
     images: int
     terms: tuple[Term, ...]
+    size: int = 4
+    peers: tuple[str, ...] = EAGER
+
+    @property
+    def id(self) -> str:
+        return f"{self.name}-{self.images}"
 
     @property
     def elements(self) -> int:
@@ -72,6 +82,17 @@ class Case:
             return f"{self.name}: {self.images}x{self.terms[0].words}"
         widths = "/".join(str(c) for c in sorted({term.channels for term in self.terms}))
         return f"{self.name}: {self.images} images, {len(self.terms)} terms of {widths}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the results say of a case."""
+        return {
+            "label": self.label,
+            "images": self.images,
+            "terms": [term.words for term in self.terms],
+            "pass": "forward+backward",
+            "bytes": self.elements * self.size,
+        }
 
 
 def plain(images: int, side: int, channels: int) -> Case:
@@ -111,53 +132,25 @@ WIDTHS = (768, 1024, 1152, 1280)
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """What each peer is timed on, on ``"cuda"`` or ``"cpu"``."""
+    """What is measured on ``"cuda"`` or ``"cpu"``. Compiling takes 20 s: on a CPU once."""
     if quick:
         small = teachers(2, 4, (4, 6, 5, 4), (32, 48, 72, 80))
-        return [plain(2, 7, 64), small, resized(2, 4, 7, 64), shifted(2, 7, 64)]
+        found = [plain(2, 7, 64), small, resized(2, 4, 7, 64), shifted(2, 7, 64)]
+        return [replace(case, size=2 if device == "cuda" else 4) for case in found]
     if device == "cpu":
-        return [
-            plain(16, 27, 1024),
-            teachers(8, 16, (16, 27, 24, 16), WIDTHS),
-            resized(16, 16, 27, 1024),
-            shifted(16, 27, 1024),
+        others = [
+            teachers(4, 16, (16, 27, 24, 16), WIDTHS),
+            resized(8, 16, 27, 1024),
+            shifted(8, 27, 1024),
         ]
-    return [
+        few = tuple(name for name in EAGER if name != "matrix-fp32")
+        first = replace(plain(16, 27, 1024), peers=ALL)
+        return [first, *(replace(case, peers=few) for case in others)]
+    found = [
         plain(64, 32, 1280),
         plain(32, 64, 1024),
         teachers(64, 32, (32, 37, 27, 64), WIDTHS),
         resized(64, 16, 27, 1280),
         shifted(64, 32, 1280),
     ]
-
-
-def peers_of(quick: bool) -> tuple[str, ...]:
-    """Who takes part, by name in ``loss_peers.PEERS``: compiling is not quick."""
-    return tuple(name for name in PEERS_OF_ALL if not (quick and name == "compile"))
-
-
-@dataclass(frozen=True)
-class Duel:
-    """A case whose rounds alternate between us and some peers."""
-
-    case: Case
-    peers: tuple[str, ...]
-    rounds: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.case.name}-{self.case.images}-vs-{self.peers[0]}"
-
-
-def duels(device: str, quick: bool) -> list[Duel]:
-    """The ratios. On a CPU the products with matrices take most of the time: fewer rounds."""
-    names = peers_of(quick)[1:]
-    if device != "cpu" or quick:
-        return [Duel(case, names, 5 if quick else 30) for case in cases(device, quick)]
-    found = []
-    for case in cases(device, quick):
-        products = tuple(name for name in names if name.startswith("matrix"))
-        others = tuple(name for name in names if name not in products)
-        first = case.name == "phi-s"
-        found += [Duel(case, others, 25 if first else 9), Duel(case, products, 9 if first else 5)]
-    return found
+    return [replace(case, size=2, peers=ALL) for case in found]

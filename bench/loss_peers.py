@@ -9,16 +9,16 @@ except for "twin", which is the op's specification and starts from the op's own 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.attention_peers import Unavailable
+from bench.engine import Unavailable
 from bench.loss_cases import Case
+from bench.measure import once
 from fastagglo.ops import Affine, LossTerm, multi_teacher_loss, use_backend
 from fastagglo.ops.loss_torch import comparison_grid, grid_of, valid_cells
 from fastagglo.ops.reference import loss as reference
@@ -90,14 +90,14 @@ class Run:
         leaves: the predictions, in the peer's own basis.
         constants: what else it reads: targets, matrices.
         rotations: from the basis of the batch to that of the leaves, or None where it is the same.
-        compile_seconds: what its first call took, if it was compiled.
+        info: ``compile_seconds`` of what is compiled.
     """
 
     loss: Loss
     leaves: list[Tensor]
     constants: list[Tensor]
     rotations: list[Tensor | None] = field(default_factory=list)
-    compile_seconds: float | None = None
+    info: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def input_bytes(self) -> int:
@@ -108,7 +108,7 @@ class Run:
         total = self.loss(self.leaves)
         return (total, *torch.autograd.grad(total, self.leaves))
 
-    def results(self) -> list[Tensor]:
+    def results(self) -> dict[str, Tensor]:
         """The same in the basis of the batch."""
         total, *gradients = self()
         turns = self.rotations or [None] * len(gradients)
@@ -116,16 +116,7 @@ class Run:
             g if turn is None else (g.to(turn.dtype) @ turn).to(g.dtype)
             for g, turn in zip(gradients, turns, strict=True)
         )
-        return [total.detach(), *back]
-
-
-def prepare(name: str, batch: Batch) -> Run:
-    """The peer ``name`` of :data:`PEERS`, ready to run the batch.
-
-    Raises:
-        Unavailable: it cannot run here.
-    """
-    return PEERS[name][1](batch)
+        return {"total": total.detach()} | {f"gradient of term {i}": g for i, g in enumerate(back)}
 
 
 def _fastagglo(batch: Batch) -> Run:
@@ -238,14 +229,8 @@ def _eager(batch: Batch) -> Run:
 
 
 def _compile(batch: Batch) -> Run:
-    torch.compiler.reset()
     run = Run(torch.compile(_eager(batch).loss, dynamic=False), batch.predictions, batch.targets)
-    start = time.perf_counter()
-    run()
-    if batch.predictions[0].is_cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
-    return Run(run.loss, run.leaves, run.constants, compile_seconds=seconds)
+    return replace(run, info={"compile_seconds": once(run, batch.targets[0].device.type)})
 
 
 def _matrix(batch: Batch, dtype: torch.dtype) -> Run:

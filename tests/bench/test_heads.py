@@ -108,9 +108,10 @@ def test_cases() -> None:
     assert (gpu.tokens, gpu.width, gpu.size) == (46_080, 1280, 2)
     for case in (four, gpu):
         assert [out for _, out in case.heads] == [1024, 1152, 1280, 1536]
-        assert {OURS, *case.peers} == set(PEERS)
+        assert {OURS, "kept", *case.peers} == set(PEERS)
     assert all(case.peers == CUDA for case in cases("cuda", quick=False))
     for device in ("cpu", "cuda"):
+        assert {c.size for c in cases(device, quick=True)} == {4 if device == "cpu" else 2}
         assert "compile" not in {p for case in cases(device, quick=True) for p in case.peers}
     for case, peer in SUITE.goals:
         assert peer in {c.id: c for c in cases("cpu", quick=False)}[case].peers
