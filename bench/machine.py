@@ -10,7 +10,29 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "triton", "xformers", "numpy", "pytest-benchmark")
+# What runs, and every package that takes part as a peer.
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "pytest-benchmark",
+    "xformers",
+    "flag-gems",
+    "fla-core",
+    "liger-kernel",
+    "quack-kernels",
+    "sglang",
+    "flash-attn",
+    "tomesd",
+    "timm",
+    "kornia",
+    "torchvision",
+    "pillow",
+    "webdataset",
+    "open_clip_torch",
+    "transformers",
+    "torchao",
+)
 
 
 def cores() -> int:
@@ -50,12 +72,9 @@ def describe(processor: str, commit: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
     }
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = None
-    found["torch"] = torch.__version__  # with the CUDA that it was built for
+    if clock := cpu_clock():
+        found["cpu_clock_mhz"] = clock
+    found["versions"] = versions()
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
         found |= {
@@ -68,6 +87,29 @@ def describe(processor: str, commit: str) -> dict[str, Any]:
         }
         found |= driver_and_clocks()
     return found
+
+
+def versions() -> dict[str, str | None]:
+    """Of all packages that matter, None where one is not installed."""
+    import torch
+
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = None
+    return found | {"torch": torch.__version__}  # with the CUDA that it was built for
+
+
+def cpu_clock() -> int | None:
+    """The median of the cores' clocks at this moment in MHz; None where Linux does not say."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return None
+    clocks = sorted(float(x.partition(":")[2]) for x in lines if x.startswith("cpu MHz"))
+    return round(clocks[len(clocks) // 2]) if clocks else None
 
 
 def driver_and_clocks() -> dict[str, Any]:

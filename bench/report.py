@@ -10,204 +10,236 @@ from typing import Any
 
 import numpy as np
 
-QUANTILES = (20, 50, 80)
+from bench import intervals
+from bench.roofline import roofs
+
+LARGEST = 200_000  # bytes of a result file
+OWN = {"memory_bytes", "input_bytes", "seconds", "repeats"}  # of a raw row, with keys of their own
 
 NOTES = {
-    "ms": "quantiles 20, 50 and 80 % of the rounds, per call",
+    "duels": "all peers of a case by turns in each round, fastagglo first in the list",
+    "ms": "[low, median, high] of a call: the median of the rounds and its 95 % bootstrap interval",
+    "samples_ms": "of each round, per call; repeats: calls of a round",
     "memory_mb": "most memory beyond the inputs during a call, results included; 1 MB = 1e6 bytes",
-    "rows": "each peer timed by itself",
-    "duels": "all peers of a duel run by turns in each round; ours_over_theirs.time holds the "
-    "quantiles of the rounds' own ratios, .memory the ratio of memory_mb, and .memory_with_inputs "
-    "that of memory_mb + input_mb",
-}
-NOTES_OF = {
-    "attention": {
-        "batch": "segments x rows of each",
-        "tflops": "TFLOP/s at the median: 4 heads head_dim sum(rows^2), times 3.5 with the "
-        "backward",
-    },
-    "loss": {
-        "terms": "grid of prediction and target, or ->, x channels, kind; no grid: summaries",
-        "bytes": "read the predictions, read the targets, write the gradients: no less will do",
-        "copy_gb_s": "bytes read and written by a plain copy on this machine, per second",
-        "floor_ms": "what such a copy takes for a case's bytes",
-        "of_floor": "floor_ms over the median time",
-        "compile_s": "the first call of the compiled peer, in a fresh cache",
-    },
-    "merge": {
-        "tflops": "TFLOP/s of the product of sources and destinations at the median of the whole",
-        "unshuffle": "the number of tokens nearest to ours that whole windows give",
-    },
-}
-NOTES_OF["heads"] = {
-    "tflops": "TFLOP/s of the products at the median",
-    "moved_mb": "what our passes read and write, each tensor of a pass once",
-    "saved_mb": "what autograd keeps for the backward, without x and the parameters",
-    "compile_s": "the first call of the compiled peer, in a fresh cache",
+    "ours_over_theirs": "time: median of the rounds' own ratios and its 95 % bootstrap interval; "
+    "memory: ratio of memory_mb; memory_with_inputs: of memory_mb + input_mb",
+    "tflops": "1e12 of a case's flops a second at the median; gb_s: 1e9 of its bytes",
+    "roof": "the least time that a case's flops and bytes take at the rates under roofline, and "
+    "which of the two it is; of_roofline: that over the median time",
+    "roofline": "of this run: a plain copy, bytes read and written; square products by type",
+    "goal": "what we mean to reach on a CPU: ours over theirs, at most",
+    "fits": "exponent of the median time over x, log-log least squares, 95 % bootstrap interval",
 }
 
 
-def condense(
-    raw: Mapping[str, Any], name: str, command: str, peers: Mapping[str, str]
-) -> dict[str, Any]:
+def condense(raw: Mapping[str, Any], command: str) -> dict[str, Any]:
     """The kept results.
 
     Args:
-        raw: what pytest-benchmark wrote, of tests whose ``extra_info`` says ``case``, ``facts``,
-            ``peer``, ``repeats``, ``memory_bytes``, ``input_bytes`` and, for a duel, ``rivals`` and
-            ``absent``. ``facts`` with ``flops`` give a rate, facts with ``bytes`` a floor, for
-            which ``extra_info`` has ``copy_bytes_per_second``.
-        name: of the benchmark file.
+        raw: what pytest-benchmark wrote, with what ``bench/conftest.py`` adds; each benchmark's
+            ``extra_info`` is that of ``bench.engine.test_duel``.
         command: that makes them again.
-        peers: who takes part, by name, in words.
     """
-    cases, rows, duels = {}, [], []
-    for entry in raw["benchmarks"]:
-        info = entry["extra_info"]
-        cases[info["case"]] = info["facts"]
-        if "rivals" in info:
-            duels.append(_duel(info, entry["stats"]["data"]))
-        else:
-            rows.append({"case": info["case"]} | _row(info, entry["stats"]["data"]))
-    skipped = raw["bench"]["skipped"]
-    first = {reason: test for test, reason in reversed(skipped.items())}
-    return {
-        "name": name,
-        "command": command,
-        "machine": raw["machine_info"]["bench"],
-        "peers": dict(peers),
-        "notes": NOTES | NOTES_OF[name],
-        "skipped": [
-            {"reason": reason, "tests": count, "first": first[reason]}
-            for reason, count in Counter(skipped.values()).items()
-        ],
-        "failed": raw["bench"]["failed"],
-        "cases": cases,
-        "duels": duels,
-        "rows": rows,
-    }
-
-
-def _row(info: Mapping[str, Any], seconds: Sequence[float]) -> dict[str, Any]:
-    times = np.array(seconds) / info["repeats"]
-    row = {
-        "peer": info["peer"],
-        "ms": _short(np.percentile(times, QUANTILES) * 1e3),
-        "rounds": len(seconds),
-        "repeats": info["repeats"],
-    }
-    if "flops" in info["facts"]:
-        row["tflops"] = _short(info["facts"]["flops"] / np.median(times) / 1e12)
-    if "bytes" in info["facts"]:
-        floor = info["facts"]["bytes"] / info["copy_bytes_per_second"]
-        row["copy_gb_s"] = _short(info["copy_bytes_per_second"] / 1e9)
-        row["floor_ms"] = _short(floor * 1e3)
-        row["of_floor"] = _short(floor / np.median(times))
-    if "compile_seconds" in info:
-        row["compile_s"] = _short(info["compile_seconds"])
-    row["memory_mb"] = _short(info["memory_bytes"] / 1e6)
-    if "saved_bytes" in info:
-        row["saved_mb"] = _short(info["saved_bytes"] / 1e6)
-    row["input_mb"] = _short(info["input_bytes"] / 1e6)
-    return row
-
-
-def _duel(info: Mapping[str, Any], own: Sequence[float]) -> dict[str, Any]:
-    rows = [_row(info, own)]
-    for peer, rival in info["rivals"].items():
-        ours, theirs = info["memory_bytes"], rival["memory_bytes"]
-        ratio = {
-            "time": _short(np.percentile(np.array(own) / np.array(rival["seconds"]), QUANTILES)),
-            "memory": _short(ours / theirs),
-            "memory_with_inputs": _short(
-                (ours + info["input_bytes"]) / (theirs + rival["input_bytes"])
-            ),
+    machine, bench = raw["machine_info"]["bench"], raw["bench"]
+    device = "cpu" if machine["device"] == "CPU" else "cuda"
+    roofline = bench["roofline"]
+    suites = {}
+    for name, suite in bench["suites"].items():
+        entries = [e for e in raw["benchmarks"] if e["extra_info"].get("suite") == name]
+        goals = {(g["case"], g["peer"]): _without(g, "case", "peer") for g in suite["goals"]}
+        suites[name] = {
+            "peers": suite["peers"],
+            "rows": suite["rows"],
+            "notes": {_key(key): words for key, words in suite["notes"].items()},
+            "seconds": _short(suite["seconds"]),
+            "skipped": _skipped(suite["skipped"]),
+            "failed": [{"test": test, "why": why} for test, why in suite["failed"].items()],
+            "cases": {e["extra_info"]["case"]: e["extra_info"]["facts"] for e in entries},
+            "duels": [
+                _duel(
+                    e["extra_info"],
+                    e["stats"]["data"],
+                    roofs(e["extra_info"]["facts"], roofline, device),
+                    goals if device == "cpu" else {},
+                )
+                for e in entries
+            ],
         }
-        if "saved_bytes" in info:
-            ratio["saved"] = _short(info["saved_bytes"] / rival["saved_bytes"])
-        row = _row({**info, **rival, "peer": peer}, rival["seconds"])
-        rows.append(row | {"ours_over_theirs": ratio})
-    return {"case": info["case"], "absent": info["absent"], "rows": rows}
+        if found := _fits(entries):
+            suites[name]["fits"] = found
+    return {
+        "command": command,
+        "machine": machine,
+        "roofline": {
+            "copy_gb_s": _short(roofline["copy_gb_s"]),
+            "matmul_tflops": {k: _short(v) for k, v in roofline["matmul_tflops"].items()},
+        },
+        "seconds": _short(bench["seconds"]),
+        "notes": NOTES,
+        "suites": suites,
+    }
+
+
+def _skipped(reasons: Mapping[str, str]) -> list[dict[str, Any]]:
+    first = {reason: test for test, reason in reversed(reasons.items())}
+    counts = Counter(reasons.values())
+    return [{"reason": r, "tests": n, "first": first[r]} for r, n in counts.items()]
+
+
+def _duel(
+    info: Mapping[str, Any],
+    own: Sequence[float],
+    roof: tuple[float, str] | None,
+    goals: Mapping[tuple[str, str], Mapping[str, float]],
+) -> dict[str, Any]:
+    duel: dict[str, Any] = {"case": info["case"], "absent": info["absent"]}
+    if roof:
+        duel["roof"] = {"ms": _short(roof[0] * 1e3), "limit": roof[1]}
+    (first, ours), *others = info["rows"].items()
+    samples = np.array(own) / ours["repeats"]
+    duel["rows"] = [_row(first, ours, samples, info["facts"], roof)]
+    for peer, theirs in others:
+        other = np.array(theirs["seconds"]) / theirs["repeats"]
+        row = _row(peer, theirs, other, info["facts"], roof)
+        row["ours_over_theirs"] = _ratios(ours, theirs, samples / other)
+        if goal := goals.get((info["case"], peer)):
+            row["goal"] = dict(goal)
+        duel["rows"].append(row)
+    return duel
+
+
+def _row(
+    peer: str,
+    raw: Mapping[str, Any],
+    seconds: np.ndarray,
+    facts: Mapping[str, Any],
+    roof: tuple[float, str] | None,
+) -> dict[str, Any]:
+    middle = float(np.median(seconds))
+    row: dict[str, Any] = {
+        "peer": peer,
+        "ms": [_short(1e3 * x) for x in intervals.median_interval(seconds)],
+        "memory_mb": _short(raw["memory_bytes"] / 1e6),
+        "input_mb": _short(raw["input_bytes"] / 1e6),
+    }
+    if "flops" in facts:
+        row["tflops"] = _short(facts["flops"] / middle / 1e12)
+    if "bytes" in facts:
+        row["gb_s"] = _short(facts["bytes"] / middle / 1e9)
+    if roof:
+        row["of_roofline"] = _short(roof[0] / middle)
+    for key, value in raw.items():
+        if key not in OWN:
+            row[_key(key)] = _short(value / 1e6 if key.endswith("_bytes") else value)
+    return row | {"repeats": raw["repeats"], "samples_ms": [_short(1e3 * x) for x in seconds]}
+
+
+def _ratios(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], times: np.ndarray
+) -> dict[str, Any]:
+    found: dict[str, Any] = {"time": [_short(x) for x in intervals.median_interval(times)]}
+    pairs = {
+        "memory": [row["memory_bytes"] for row in (ours, theirs)],
+        "memory_with_inputs": [row["memory_bytes"] + row["input_bytes"] for row in (ours, theirs)],
+        "saved": [row.get("saved_bytes") for row in (ours, theirs)],
+    }
+    for key, (own, other) in pairs.items():
+        if own is not None and other:
+            found[key] = _short(own / other)
+    return found
+
+
+def _fits(entries: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The exponents of all curves that have two points or more, of us and of each peer."""
+    curves: dict[tuple[str, str, str], list[tuple[float, np.ndarray]]] = {}
+    for entry in entries:
+        info = entry["extra_info"]
+        if {"series", "axis", "x"} <= info["facts"].keys():
+            for number, (peer, row) in enumerate(info["rows"].items()):
+                key = (info["facts"]["series"], info["facts"]["axis"], peer)
+                taken = row["seconds"] if number else entry["stats"]["data"]
+                point = (info["facts"]["x"], np.array(taken) / row["repeats"])
+                curves.setdefault(key, []).append(point)
+    found = []
+    for (series, axis, peer), points in curves.items():
+        if len({x for x, _ in points}) > 1:
+            low, middle, high = (_short(x) for x in intervals.exponent(points))
+            fit = {"series": series, "axis": axis, "peer": peer, "points": len(points)}
+            found.append(fit | {"exponent": middle, "low": low, "high": high})
+    return found
+
+
+def _key(key: str) -> str:
+    return key.removesuffix("_bytes") + "_mb" if key.endswith("_bytes") else key
+
+
+def _without(record: Mapping[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in keys}
 
 
 def _short(value: Any) -> Any:
     """Four digits: more are noise."""
-    if isinstance(value, np.ndarray):
-        return [_short(float(x)) for x in value]
-    return float(f"{value:.4g}")
+    return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def write(results: Mapping[str, Any], path: Path) -> None:
-    """JSON with a line for each row and each case, which a diff can show."""
+def write(results: dict[str, Any], path: Path) -> int:
+    """JSON with a line for each row and each case, which a diff can show.
+
+    Where that takes more than ``LARGEST`` bytes, every second round of the longest lists of samples
+    is left out, again and again, until it fits; ``notes`` then says so. Medians and intervals stay
+    those of all rounds.
+
+    Returns:
+        The number of bytes written.
+    """
+    text = _text(results)
+    while len(text.encode()) > LARGEST:
+        rows = [r for s in results["suites"].values() for d in s["duels"] for r in d["rows"]]
+        longest = max((len(row["samples_ms"]) for row in rows), default=0)
+        if longest < 4:
+            break
+        for row in rows:
+            if len(row["samples_ms"]) == longest:
+                row["samples_ms"] = row["samples_ms"][::2]
+        results["notes"] = results["notes"] | {
+            "samples_left_out": "of long lists of samples_ms, so that the file stays small"
+        }
+        text = _text(results)
+    path.write_text(text)
+    return len(text.encode())
+
+
+def _text(results: Mapping[str, Any]) -> str:
+    parts = [
+        f" {_line(key)}: " + json.dumps(value, indent=1, ensure_ascii=False).replace("\n", "\n ")
+        for key, value in results.items()
+        if key != "suites"
+    ]
+    suites = (f"  {_line(name)}: {_suite(suite)}" for name, suite in results["suites"].items())
+    parts.append(' "suites": {\n' + ",\n".join(suites) + "\n }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def _suite(suite: Mapping[str, Any]) -> str:
     parts = []
-    for key, value in results.items():
+    for key, value in suite.items():
         if key == "duels":
-            duels = (f"  {_head(duel)}{_lines(duel['rows'], 3)}\n  ]}}" for duel in value)
-            text = "[\n" + ",\n".join(duels) + "\n ]" if value else "[]"
-        elif key == "rows":
-            text = f"[{_lines(value, 2)}\n ]"
-        elif key == "cases":
-            lines = (f"  {_line(name)}: {_line(facts)}" for name, facts in value.items())
-            text = "{\n" + ",\n".join(lines) + "\n }"
+            duels = []
+            for duel in value:
+                head = _line(_without(duel, "rows"))[:-1]
+                rows = ",\n".join("     " + _line(row) for row in duel["rows"])
+                duels.append(f'    {head}, "rows": [\n{rows}]}}')
+            text = "[\n" + ",\n".join(duels) + "]" if duels else "[]"
+        elif key in ("cases", "peers", "notes") and value:
+            lines = (f"    {_line(name)}: {_line(item)}" for name, item in value.items())
+            text = "{\n" + ",\n".join(lines) + "}"
+        elif key in ("fits", "failed", "skipped") and value:
+            text = "[\n" + ",\n".join("    " + _line(item) for item in value) + "]"
         else:
-            text = json.dumps(value, indent=1, ensure_ascii=False).replace("\n", "\n ")
-        parts.append(f" {_line(key)}: {text}")
-    path.write_text("{\n" + ",\n".join(parts) + "\n}\n")
+            text = _line(value)
+        parts.append(f"   {_line(key)}: {text}")
+    return "{\n" + ",\n".join(parts) + "}"
 
 
 def _line(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _lines(rows: Sequence[Any], indent: int) -> str:
-    return "\n" + ",\n".join(" " * indent + _line(row) for row in rows)
-
-
-def _head(duel: Mapping[str, Any]) -> str:
-    shell = {key: value for key, value in duel.items() if key != "rows"}
-    return _line(shell)[:-1] + ', "rows": ['
-
-
-def summary(
-    results: Mapping[str, Any],
-    targets: Mapping[tuple[str, str], float],
-    memory_targets: Mapping[tuple[str, str], float] | None = None,
-    saved_targets: Mapping[tuple[str, str], float] | None = None,
-) -> str:
-    """The duels as a table for the terminal.
-
-    Args:
-        results: of :func:`condense`.
-        targets: of our time over theirs, by mix (or case, where there are no mixes) and peer.
-        memory_targets: of our memory over theirs, likewise.
-        saved_targets: of what is kept for the backward, likewise.
-    """
-    lines = [
-        f"{'ours / theirs, by turns':42} {'time (20 .. 80 %)':>24} {'memory':>8} {'+inputs':>8}"
-    ]
-    for duel in results["duels"]:
-        facts, first = results["cases"][duel["case"]], duel["rows"][0]
-        rate = (
-            f"{first['tflops']:g} TFLOP/s"
-            if "tflops" in first
-            else f"floor {first['floor_ms']:g} ms at {first['copy_gb_s']:g} GB/s"
-        )
-        lines.append(f"{duel['case']}: {first['ms'][1]:g} ms, {first['memory_mb']:g} MB, {rate}")
-        for row in duel["rows"][1:]:
-            ratio = row["ours_over_theirs"]
-            low, middle, high = ratio["time"]
-            times = f"{middle:.3f} ({low:.3f} .. {high:.3f})"
-            key = (facts.get("mix", duel["case"]), row["peer"])
-            target, memory_target = targets.get(key), (memory_targets or {}).get(key)
-            saved_target = (saved_targets or {}).get(key)
-            lines.append(
-                f"    {results['peers'][row['peer']]:38} {times:>24} {ratio['memory']:8.3f} "
-                f"{ratio['memory_with_inputs']:8.3f}"
-                + ("" if target is None else f"   target {target:g}")
-                + ("" if memory_target is None else f", memory {memory_target:g}")
-                + (f"   saved {ratio['saved']:.3f}" if "saved" in ratio else "")
-                + ("" if saved_target is None else f", target {saved_target:g}")
-            )
-        for peer, why in duel["absent"].items():
-            lines.append(f"    {results['peers'][peer]:38} absent: {why}")
-    return "\n".join(lines)
