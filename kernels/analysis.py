@@ -98,6 +98,7 @@ class Report:
             memory included).
         tmem: columns of tensor memory per CTA.
         occupancy: CTAs in an SM, and what limits them.
+        code: instructions of the whole kernel.
         loops: innermost loops with tensor-core instructions, main first; if there are none, the
             innermost loops with floating-point arithmetic.
         notes: what the reader must know about this row.
@@ -118,6 +119,7 @@ class Report:
     fits: bool
     tmem: int
     occupancy: Occupancy
+    code: int
     loops: tuple[Loop, ...]
     notes: tuple[str, ...] = field(default=())
 
@@ -197,6 +199,7 @@ def analyse(launch: Launch, *, useful_flops: float | None = None) -> Report:
         fits=residents.ctas > 0,
         tmem=launch.tmem,
         occupancy=residents,
+        code=len(listing.instructions),
         loops=tuple(
             replace(loop, label=f"loop {number}" if number > 1 else "main")
             for number, loop in enumerate(built, 1)
