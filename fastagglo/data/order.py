@@ -78,6 +78,10 @@ class ShardOrder:
         window, offset = self._window(position)
         return int(window[offset])
 
+    def epoch(self, position: int) -> int:
+        """How often every image has come before a position."""
+        return position // self.total
+
     def replacement(self, position: int, random: np.random.Generator) -> int:
         """Another image for a position, from the same few shards."""
         window, _ = self._window(position)
@@ -128,6 +132,11 @@ class MixtureOrder:
         """The image at a position."""
         part, local = self._part(position)
         return int(self.starts[part]) + self.orders[part].index(local)
+
+    def epoch(self, position: int) -> int:
+        """How often every image of the position's source has come before it."""
+        part, local = self._part(position)
+        return self.orders[part].epoch(local)
 
     def replacement(self, position: int, random: np.random.Generator) -> int:
         """Another image for a position, from the same source."""

@@ -10,6 +10,8 @@ from numbers import Integral, Real
 import torch
 from torch import Tensor
 
+from fastagglo.features import Features
+
 
 def check_int(name: str, value: object, least: int) -> int:
     """``value`` as an int, if it is a whole number of at least ``least``.
@@ -118,12 +120,20 @@ class GroupViews:
             the student's, (dy, dx) in student patches, whole numbers, as the views lie after the
             flip. Empty when the plan has no shifts.
         keys: the stable id of each image.
+        addresses: of fixed crops, what stands for the pixels of each view, by teacher name.
+        features: stored features of the views, by teacher name, zeros in the rows of ``missing``.
+            Where every teacher of a size has all of its features, its views are not made: they
+            have no rows.
+        missing: by teacher name, the rows whose features have to be computed.
     """
 
     student: Tensor
     teachers: dict[str, Tensor]
     shifts: dict[str, Tensor] = field(default_factory=dict)
     keys: tuple[str, ...] = ()
+    addresses: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
+    features: dict[str, Features] = field(default_factory=dict)
+    missing: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -169,6 +179,13 @@ class TrainBatch:
                 student=once(group.student),
                 teachers={name: once(view) for name, view in group.teachers.items()},
                 shifts={name: once(shift) for name, shift in group.shifts.items()},
+                features={
+                    name: Features(
+                        None if f.summary is None else once(f.summary),
+                        None if f.spatial is None else once(f.spatial),
+                    )
+                    for name, f in group.features.items()
+                },
             )
             for group in self.groups
         ]
