@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from fastagglo.model.config import PRESETS
 
@@ -16,6 +17,16 @@ LOW_V4 = dict.fromkeys((128, 192, 224, 256, 384, 432), 16)
 HIGH_V4 = dict.fromkeys((512, 768, 1024, 1152), 3)
 
 STUDENTS = ("B", "L", "SO400M", "H", "g")
+
+# Peers, by name in ``attention_peers.PEERS``. Those of CUDA take part in one case of a CPU's, too,
+# where the results show that they cannot.
+LOOPS = ("per-resolution", "per-image")
+PADDED = ("padded", "padded-batch")
+BACKENDS = ("flash", "efficient", "cudnn")
+VARLEN = ("varlen", "xformers", "flag-gems")
+ALL = (*LOOPS, *PADDED, "flex", *BACKENDS, *VARLEN)
+
+LONGEST = 40  # letters of a batch in a label
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,7 @@ class Mix:
 
 # The mix that the targets on a CPU are stated for, and lighter ones of its kind.
 MIX = Mix("mix", ((8, 1, 64), (8, 1, 196), (4, 1, 576), (2, 1, 1024)))
-SMALL_MIX = Mix("small-mix", ((4, 1, 64), (4, 1, 196), (1, 1, 576)))
+SMALL_MIX = Mix("small-mix", ((2, 1, 64), (2, 1, 196), (1, 1, 576)))
 TINY_MIX = Mix("tiny-mix", ((2, 1, 16), (1, 1, 49)))
 
 
@@ -72,12 +83,16 @@ class Case:
         mix: the batch.
         backward: forward and backward, or forward alone.
         bias: with a ``key_bias`` per token, which is data and gets no gradient.
+        size: bytes of an element.
+        peers: who takes part beside us.
     """
 
     student: str
     mix: Mix
     backward: bool
     bias: bool = False
+    size: int = 4
+    peers: tuple[str, ...] = LOOPS
 
     @property
     def heads(self) -> int:
@@ -92,7 +107,7 @@ class Case:
         return "forward+backward" if self.backward else "forward"
 
     @property
-    def name(self) -> str:
+    def id(self) -> str:
         return f"{self.student}-{self.mix.name}{'-bias' if self.bias else ''}-{self.direction}"
 
     @property
@@ -101,6 +116,38 @@ class Case:
         the backward."""
         squares = sum(rows * rows for rows in self.mix.lengths)
         return 4 * self.heads * self.head_dim * squares * (3.5 if self.backward else 1)
+
+    @property
+    def bytes(self) -> int:
+        """Of queries, keys and values, read, and the output, written; with the backward of its
+        gradient, read, and theirs, written."""
+        matrices = 8 if self.backward else 4
+        return matrices * sum(self.mix.lengths) * self.heads * self.head_dim * self.size
+
+    @property
+    def label(self) -> str:
+        """For plots."""
+        batch = self.mix.batch.replace("x", "×")
+        batch = f" ({batch})" if len(batch) <= LONGEST else ""
+        bias = ", key_bias" if self.bias else ""
+        return f"{self.student} {self.heads}×{self.head_dim}, {self.mix.name}{batch}{bias}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the results say of a case."""
+        return {
+            "label": self.label,
+            "student": self.student,
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "mix": self.mix.name,
+            "batch": self.mix.batch,
+            "tokens": sum(self.mix.lengths),
+            "pass": self.direction,
+            "bias": self.bias,
+            "flops": self.flops,
+            "bytes": self.bytes,
+        }
 
 
 def images_of(
@@ -153,71 +200,54 @@ def recipe_mixes(student: str) -> list[Mix]:
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """What each peer is timed on by itself, on ``"cuda"`` or ``"cpu"``."""
-    plain: list[tuple[str, Mix]] = []
-    biased: list[tuple[str, Mix]] = []
-    if quick:
-        student = "tiny" if device == "cpu" else "H"
-        mix = TINY_MIX if device == "cpu" else SMALL_MIX
-        plain = [(student, mix), (student, windows_of(student, {8: 1}, 4))]
-        biased = [(student, mix)]
-    elif device == "cpu":
-        plain = [(student, uniform(student, 224, 512)) for student in STUDENTS]
-        plain += [("B", SMALL_MIX), ("B", windows_of("B", {32: 1}, 8))]
-        biased = [("B", SMALL_MIX)]
-    else:
-        for student in STUDENTS:
-            mixes = [uniform(student, pixels, 32_768) for pixels in (224, 432, 768, 1152)]
-            mixes += [*recipe_mixes(student), windows_of(student, {64: 8}, 16)]
-            if student in ("SO400M", "H"):
-                mixes.append(windows_of(student, {48: 8, 72: 4}, 24))
-            plain += [(student, mix) for mix in mixes]
-            biased.append((student, recipe_mixes(student)[0]))
-        plain.append(("B", MIX))
+    """What is measured on ``"cuda"`` or ``"cpu"``."""
+    if device == "cpu":
+        return _quick("tiny", TINY_MIX) if quick else _on_cpu()
+    found = _quick("H", SMALL_MIX) if quick else _on_cuda()
+    return [replace(case, size=2) for case in found]
+
+
+def _quick(student: str, mix: Mix) -> list[Case]:
+    windows = windows_of(student, {8: 1}, 4)
     return [
-        Case(student, mix, backward, bias)
-        for bias, chosen in ((False, plain), (True, biased))
-        for student, mix in chosen
-        for backward in (False, True)
+        Case(student, mix, False, peers=(*LOOPS, *PADDED, *BACKENDS, *VARLEN)),
+        Case(student, mix, True, peers=(*LOOPS, *PADDED)),
+        Case(student, mix, True, bias=True, peers=(*LOOPS, *PADDED)),
+        Case(student, windows, True),
     ]
 
 
-def peers_of(case: Case) -> list[str]:
-    """Who takes part, by name in ``attention_peers.PEERS``."""
-    names = ["fastagglo", "per-resolution", "per-image"]
-    if case.mix.mixed:
-        names += ["padded", "padded-batch"]
-    names.append("flex")
-    return names if case.bias else [*names, "varlen", "xformers"]
+def _on_cpu() -> list[Case]:
+    """FlexAttention has no backward there and compiles ten seconds for each case: once."""
+    forward = tuple(name for name in ALL if name != "padded-batch")
+    found = [Case("B", MIX, False, peers=forward), Case("B", MIX, True, peers=(*LOOPS, "padded"))]
+    for student in ("SO400M", "H"):  # heads of 72 and 80 channels
+        both = (Case(student, SMALL_MIX, backward) for backward in (False, True))
+        found += [replace(case, peers=(*LOOPS, "padded")) for case in both]
+    found.append(Case("B", SMALL_MIX, True, bias=True, peers=(*LOOPS, *PADDED)))
+    return [*found, Case("B", windows_of("B", {32: 1}, 8), True)]
 
 
-@dataclass(frozen=True)
-class Duel:
-    """A case whose rounds alternate between us and some peers."""
+def _on_cuda() -> list[Case]:
+    """Whole batches of recipes, of one size, of windows; every size for each head dim once.
 
-    case: Case
-    peers: tuple[str, ...]
-    rounds: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.case.name}-vs-{self.peers[0]}"
-
-
-def duels(device: str, quick: bool) -> list[Duel]:
-    """The headline ratios. The padded peers take most of the time on a CPU: fewer rounds."""
-    loops, padded = ("per-image", "per-resolution"), ("padded", "padded-batch", "flex")
-    found = []
-    for backward in (False, True):
-        if quick:
-            student, mix = ("tiny", TINY_MIX) if device == "cpu" else ("H", SMALL_MIX)
-            found.append(Duel(Case(student, mix, backward), (*loops, *padded[:2]), 5))
-        elif device == "cpu":
-            case = Case("B", MIX, backward)
-            found += [Duel(case, loops, 25), Duel(case, padded, 5)]
-        else:
-            chosen = [("B", MIX), *((s, mix) for s in STUDENTS for mix in recipe_mixes(s))]
-            for student, mix in chosen:
-                everyone = (*loops, *padded, "varlen", "xformers")
-                found.append(Duel(Case(student, mix, backward), everyone, 30))
+    FlexAttention compiles for each case: it takes part where the mix of the CPU's goals and those
+    of the odd head dims are.
+    """
+    found = [Case("B", MIX, backward, peers=ALL) for backward in (False, True)]
+    for student in STUDENTS:
+        mixes = recipe_mixes(student)
+        flex = ("flex",) if student in ("SO400M", "H") else ()
+        everyone = (*LOOPS, *PADDED, *BACKENDS, *VARLEN)
+        found += [Case(student, mix, True, peers=(*everyone, *flex)) for mix in mixes]
+        if student in ("L", "g"):  # heads of 64 channels, as B
+            continue
+        found += [Case(student, mix, False, peers=everyone) for mix in mixes]
+        equal = [uniform(student, pixels, 32_768) for pixels in (224, 432, 768, 1152)]
+        equal.append(windows_of(student, {64: 8}, 16))
+        if student != "B":
+            equal.append(windows_of(student, {48: 8, 72: 4}, 24))
+        found += [Case(student, mix, True, peers=(*LOOPS, *BACKENDS, *VARLEN)) for mix in equal]
+        biased = Case(student, mixes[0], True, bias=True)
+        found.append(replace(biased, peers=(*LOOPS, *PADDED, "efficient", "cudnn")))
     return found

@@ -9,19 +9,17 @@ once a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from bench.attention_cases import Case
+from bench.engine import Unavailable
 from fastagglo.ops import PackedLayout, packed_attention, use_backend
-
-
-class Unavailable(Exception):
-    """A peer that cannot run a case; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,18 @@ class Run:
         leaf: (rows, 3, H, D).
         upstream: (rows, H, D).
         packed: the packed rows among the peer's own, or None if these are they.
+        info: nothing.
     """
 
     attend: Callable[[Tensor], Tensor]
     leaf: Tensor
     upstream: Tensor
     packed: Tensor | None = None
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def input_bytes(self) -> int:
+        return self.leaf.nbytes
 
     def __call__(self) -> tuple[Tensor, ...]:
         """What is timed: the output, and the gradient of ``leaf`` where it is asked for."""
@@ -81,14 +85,14 @@ class Run:
             return (out,)
         return (out, *torch.autograd.grad(out, self.leaf, self.upstream))
 
-
-def prepare(name: str, batch: Batch) -> Run:
-    """The peer ``name`` of :data:`PEERS`, ready to run the batch.
-
-    Raises:
-        Unavailable: it cannot run here, or takes no bias.
-    """
-    return PEERS[name][1](batch)
+    def results(self) -> dict[str, Tensor]:
+        """The output and the gradients as packed rows, (T, H D) each."""
+        results = [x.detach() if self.packed is None else x.detach()[self.packed] for x in self()]
+        found = {"output": results[0].flatten(1)}
+        if len(results) > 1:
+            parts = zip("qkv", results[1].unbind(1), strict=True)
+            found |= {f"gradient of {name}": part.flatten(1) for name, part in parts}
+        return found
 
 
 def _as_packed(batch: Batch, attend: Callable[[Tensor], Tensor]) -> Run:
@@ -179,8 +183,6 @@ def _flex(batch: Batch) -> Run:
         raise Unavailable("FlexAttention has no backward on a CPU")
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    # torch.compile falls back to eager after eight shapes of one function.
-    torch.compiler.reset()
     segment, bias, rows = batch.layout.segment_ids, batch.bias, batch.layout.total
 
     def same_segment(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
@@ -202,9 +204,31 @@ def _flex(batch: Batch) -> Run:
     return _as_packed(batch, attend)
 
 
-def _varlen(batch: Batch) -> Run:
+def _needs_cuda(batch: Batch, who: str) -> None:
     if not batch.qkv.is_cuda:
-        raise Unavailable("varlen_attn needs CUDA")
+        raise Unavailable(f"{who} needs CUDA")
+
+
+def _by(backend: str) -> Callable[[Batch], Run]:
+    """SDPA looped per resolution, by one of its backends."""
+
+    def prepare(batch: Batch) -> Run:
+        _needs_cuda(batch, f"SDPA's {backend.lower().replace('_', ' ')}")
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        run, chosen = _per_resolution(batch), SDPBackend.__members__[backend]
+
+        def attend(qkv: Tensor) -> Tensor:
+            with sdpa_kernel(chosen):
+                return run.attend(qkv)
+
+        return replace(run, attend=attend)
+
+    return prepare
+
+
+def _varlen(batch: Batch) -> Run:
+    _needs_cuda(batch, "varlen_attn")
     from torch.nn.attention.varlen import varlen_attn
 
     boundaries, longest = batch.layout.cu_seqlens, batch.layout.max_length
@@ -216,16 +240,40 @@ def _varlen(batch: Batch) -> Run:
 
 
 def _xformers(batch: Batch) -> Run:
-    if not batch.qkv.is_cuda:
-        raise Unavailable("xformers' attention needs CUDA")
+    _needs_cuda(batch, "xformers' attention")
     try:
         from xformers.ops import memory_efficient_attention
     except ImportError:
-        raise Unavailable("xformers is not installed") from None
+        raise Unavailable("xformers is not installed: pip install xformers") from None
     mask = batch.layout.to_xformers()
 
     def attend(qkv: Tensor) -> Tensor:
         return memory_efficient_attention(*qkv.unsqueeze(0).unbind(2), attn_bias=mask)[0]
+
+    return _as_packed(batch, attend)
+
+
+def _flag_gems(batch: Batch) -> Run:
+    _needs_cuda(batch, "flag-gems' attention")
+    if batch.case.backward:
+        raise Unavailable("flag-gems' packed attention has no backward")
+    try:
+        from flag_gems.ops.attention import flash_attn_varlen_func
+    except ImportError:
+        raise Unavailable("flag-gems is not installed: pip install flag-gems") from None
+    boundaries, longest = batch.layout.cu_seqlens, batch.layout.max_length
+
+    def attend(qkv: Tensor) -> Tensor:
+        q, k, v = qkv.unbind(1)
+        return flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            max_seqlen_q=longest,
+            cu_seqlens_q=boundaries,
+            max_seqlen_k=longest,
+            cu_seqlens_k=boundaries,
+        )
 
     return _as_packed(batch, attend)
 
@@ -237,7 +285,11 @@ PEERS: dict[str, tuple[str, Callable[[Batch], Run]]] = {
     "padded": ("SDPA padded and masked", _padded),
     "padded-batch": ("SDPA masked, all padded throughout", _padded_batch),
     "flex": ("FlexAttention, document mask", _flex),
+    "flash": ("SDPA per resolution, flash", _by("FLASH_ATTENTION")),
+    "efficient": ("SDPA per resolution, efficient", _by("EFFICIENT_ATTENTION")),
+    "cudnn": ("SDPA per resolution, cuDNN", _by("CUDNN_ATTENTION")),
     "varlen": ("torch varlen_attn", _varlen),
     "xformers": ("xformers BlockDiagonalMask", _xformers),
+    "flag-gems": ("flag-gems flash_attn_varlen_func", _flag_gems),
 }
 """By name: what it is in words, and what makes it ready for a batch."""

@@ -147,7 +147,8 @@ def test_duel(
     ours = calls.pop(OURS)
     turn = Rivals(calls, DEVICE, CLOCK)
     whole = sum(times[name] * seconds[name] for name in runs)
-    rounds = 3 if quick else min(40, max(5, int(suite.seconds[DEVICE] / whole)))
+    fewest = 3 if quick or whole > 2 else 5
+    rounds = 3 if quick else min(40, max(fewest, int(suite.seconds[DEVICE] / whole)))
     benchmark.group = f"{suite.name}: {case.id}"
     # pytest-benchmark calls `setup` before each round of ours: there the others have their turn.
     benchmark.pedantic(ours, setup=turn, rounds=rounds)
