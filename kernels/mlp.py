@@ -15,10 +15,9 @@ There are no atomics: results are bit-equal from run to run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -39,7 +38,6 @@ from fastagglo.kernels.mlp_choice import (
 from fastagglo.kernels.mlp_kernels import grouped_linear_kernel, linear_kernel, weight_grad_kernel
 from fastagglo.kernels.mlp_pointwise import (
     check_matrices,
-    check_vectors,
     gelu_backward,
     gelu_forward,
     norm_gelu_backward,
@@ -47,8 +45,22 @@ from fastagglo.kernels.mlp_pointwise import (
     row_statistics,
     sum_parts,
 )
+from fastagglo.kernels.mlp_problem import (
+    PLAIN,
+    Cells,
+    Norm,
+    Problem,
+    Work,
+    aligned_rows,
+    check_cells,
+    checked_norm,
+    forward_work,
+    grad_work,
+)
 
 __all__ = [
+    "PLAIN",
+    "Cells",
     "Cost",
     "GemmTile",
     "Norm",
@@ -71,81 +83,6 @@ __all__ = [
 _TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
-class Norm(NamedTuple):
-    """A LayerNorm whose statistics are known.
-
-    Attributes:
-        mean, rstd: (M,) float32, as from :func:`row_statistics`.
-        weight, bias: (K,) contiguous, of any of the dtypes, or None.
-    """
-
-    mean: Tensor
-    rstd: Tensor
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """Arguments of :func:`linear`.
-
-    Attributes:
-        x: (M, K). weight: (N, K). residual: (M, N), or None. All with unit last strides and of one
-            dtype, bfloat16, float16 or float32.
-        bias: (N,) contiguous, of any of these dtypes, or None.
-        norm: LayerNorm of x, a tuple as :class:`Norm`, or None.
-        gelu_in: GELU after that. gelu_out: GELU of the product with its bias.
-        tanh: GELU's tanh form, for both.
-        keep_pre: return what comes before ``gelu_out``, too.
-    """
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    norm: tuple[Tensor, Tensor, Tensor | None, Tensor | None] | None = None
-    gelu_in: bool = False
-    gelu_out: bool = False
-    residual: Tensor | None = None
-    tanh: bool = False
-    keep_pre: bool = False
-
-
-@dataclass(frozen=True, eq=False)
-class _Work:
-    """What a kernel is told of a product: the problem, or that of an input's gradient."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    norm: Norm | None
-    extra: Tensor | None
-    out: Tensor
-    pre: Tensor | None
-    gelu_in: bool
-    gelu_out: bool
-    slope: bool
-    tanh: bool
-    transposed: bool
-
-    @property
-    def sizes(self) -> tuple[int, int, int]:
-        return self.x.shape[0], self.out.shape[1], self.x.shape[1]
-
-    @property
-    def prologue(self) -> bool:
-        return self.norm is not None or self.gelu_in
-
-    @property
-    def aligned(self) -> bool:
-        _, columns, inner = self.sizes
-        matrices = [x for x in (self.x, self.weight, self.extra) if x is not None]
-        vectors = [self.bias, *(self.norm[2:] if self.norm else ())]
-        return _aligned(
-            (columns, inner, *(x.stride(0) for x in matrices)),
-            (*matrices, *(x for x in vectors if x is not None)),
-        )
-
-
 # --- one product ----------------------------------------------------------------------------------
 
 
@@ -160,22 +97,24 @@ def linear(
     residual: Tensor | None = None,
     tanh: bool = False,
     keep_pre: bool = False,
+    cells: Cells = PLAIN,
     tile: GemmTile | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """A linear layer with its surroundings; see :class:`Problem` for the arguments.
 
     Args:
+        cells: the result is stored as this shuffle places it, ``upsample**2`` rows for each of x.
         tile: block sizes; None for those of the table.
 
     Returns:
-        (M, N) contiguous in the dtype of ``x``; with ``keep_pre`` also what comes before
-        ``gelu_out`` and the residual.
+        (M, N), or (M * upsample**2, N / upsample**2), contiguous in the dtype of ``x``; with
+        ``keep_pre`` also (M, N), what comes before ``gelu_out`` and the residual.
 
     Raises:
         ValueError: a shape, stride or dtype that the kernels cannot take.
     """
-    work = _forward_work(
-        Problem(x, weight, bias, norm, gelu_in, gelu_out, residual, tanh, keep_pre)
+    work = forward_work(
+        Problem(x, weight, bias, norm, gelu_in, gelu_out, residual, tanh, keep_pre), cells
     )
     _launch(work, tile)
     return work.out if work.pre is None else (work.out, work.pre)
@@ -187,6 +126,7 @@ def linear_input_grad(
     *,
     gelu_of: Tensor | None = None,
     tanh: bool = False,
+    cells: Cells = PLAIN,
     tile: GemmTile | None = None,
 ) -> Tensor:
     """``grad_y @ weight``, times GELU's derivative at ``gelu_of``.
@@ -194,12 +134,14 @@ def linear_input_grad(
     Args:
         grad_y: (M, N). weight: (N, K). gelu_of: (M, K), or None. Unit last strides, one dtype.
         tanh: GELU's tanh form.
+        cells: the shuffle of the forward, in whose places ``grad_y`` is read: then contiguous,
+            (M * upsample**2, N / upsample**2).
         tile: block sizes; None for those of the table.
 
     Returns:
         (M, K) contiguous in the dtype of ``grad_y``.
     """
-    work = _grad_work(grad_y, weight, gelu_of, tanh)
+    work = grad_work(grad_y, weight, gelu_of, tanh, cells)
     _launch(work, tile)
     return work.out
 
@@ -213,6 +155,7 @@ def linear_weight_grad(
     tanh: bool = False,
     sums: bool = True,
     dtype: torch.dtype = torch.float32,
+    cells: Cells = PLAIN,
     tile: GemmTile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``grad_y.T @ act(x)``, and the column sums of ``grad_y``, from one reading of both.
@@ -222,24 +165,30 @@ def linear_weight_grad(
         norm, gelu_in, tanh: of the forward.
         sums: whether to compute the column sums, the bias's gradient.
         dtype: of the weight's gradient; accumulated in fp32 in any case.
+        cells: as of :func:`linear_input_grad`.
         tile: block sizes, ``rows`` of N and ``columns`` of K; None for those of the table.
 
     Returns:
         (N, K) in ``dtype``; (N,) float32, or (0,) if not asked for.
     """
     check_matrices(grad_y=grad_y, x=x)
-    if grad_y.shape[0] != x.shape[0] or grad_y.dtype != x.dtype:
+    if grad_y.shape[0] != x.shape[0] * cells.each or grad_y.dtype != x.dtype:
         raise ValueError(
-            f"grad_y must have the {x.shape[0]} rows and the dtype {x.dtype} of x, got "
-            f"{tuple(grad_y.shape)} and {grad_y.dtype}"
+            f"grad_y must have the {x.shape[0] * cells.each} rows and the dtype {x.dtype} of x, "
+            f"got {tuple(grad_y.shape)} and {grad_y.dtype}"
         )
-    norm = _checked_norm(norm, x)
-    (rows, height), width = grad_y.shape, x.shape[1]
+    rows, width = x.shape
+    check_cells(cells, rows, grad_y)
+    norm = checked_norm(norm, x)
+    height = grad_y.shape[1] * cells.each
+    span = height // cells.upsample
     out = x.new_empty(height, width, dtype=dtype)
     columns = x.new_empty(height if sums else 0, dtype=torch.float32)
     if not rows or not out.numel():
-        return out.zero_(), _column_sums(grad_y, columns)
-    aligned = _aligned((height, width, grad_y.stride(0), x.stride(0)), (grad_y, x))
+        return out.zero_(), _column_sums(grad_y, columns, cells)
+    shuffled = cells.upsample > 1
+    grad_row = span if shuffled else grad_y.stride(0)
+    aligned = aligned_rows((span, width, grad_row, x.stride(0)), (grad_y, x))
     tile = tile or gemm_tile("weight", x, norm is not None or gelu_in, aligned)
     tiles = -(-height // tile.rows) * -(-width // tile.columns)
     rows_each = splits(rows, tiles, tile.depth)
@@ -248,16 +197,17 @@ def linear_weight_grad(
     if parts > 1:
         partials = x.new_empty(1, parts, height * width, dtype=torch.float32)
         bias_partials = x.new_empty(1, parts, columns.numel(), dtype=torch.float32)
-    (grad_stride, grad_unit), (x_stride, x_unit) = stride_in_units(grad_y), stride_in_units(x)
-    n_unit, k_unit = _unit(height), _unit(width)
+    (x_stride, x_unit), n_unit, k_unit = stride_in_units(x), _unit(span), _unit(width)
+    grad_unit = _unit(grad_row)
     with on_device(x):
         weight_grad_kernel[(tiles, parts)](
             grad_y, x, *(norm or (None,) * 4), partials, bias_partials,
-            rows, height // n_unit, width // k_unit, grad_stride, x_stride, rows_each,
+            rows, span // n_unit, width // k_unit, grad_row // grad_unit, x_stride, rows_each,
+            cells.width,
             N_UNIT=n_unit, K_UNIT=k_unit, GRAD_UNIT=grad_unit, X_UNIT=x_unit,
             GELU_IN=gelu_in, TANH=tanh, SUMS=sums,
             DOWN_MASK=height % tile.rows != 0, ACROSS_MASK=width % tile.columns != 0,
-            **_blocks(x, tile),
+            UPSAMPLE=cells.upsample, **_blocks(x, tile),
         )  # fmt: skip
         if parts > 1:
             sum_parts(partials, out)
@@ -266,15 +216,17 @@ def linear_weight_grad(
     return out, columns
 
 
-def _column_sums(grad_y: Tensor, columns: Tensor) -> Tensor:
+def _column_sums(grad_y: Tensor, columns: Tensor, cells: Cells) -> Tensor:
     """For a product of nothing, whose kernel is not launched."""
     if columns.numel():
-        torch.sum(grad_y, 0, dtype=torch.float32, out=columns)
+        u, w = cells
+        runs = grad_y.unflatten(0, (len(grad_y) // (u * u * w), u, w, u))
+        torch.sum(runs, (0, 2), dtype=torch.float32, out=columns.view(u, u, -1))
     return columns
 
 
-def _launch(work: _Work, tile: GemmTile | None) -> None:
-    rows, columns, inner = work.sizes
+def _launch(work: Work, tile: GemmTile | None) -> None:
+    rows, columns, _ = work.sizes
     if not work.out.numel():
         return
     x, weight, extra = work.x, work.weight, work.extra
@@ -282,15 +234,16 @@ def _launch(work: _Work, tile: GemmTile | None) -> None:
     tile = tile or gemm_tile(kind, x, work.prologue, work.aligned)
     (x_row, x_unit), (w_row, w_unit) = stride_in_units(x), stride_in_units(weight)
     extra_row, extra_unit = (0, 1) if extra is None else stride_in_units(extra)
-    n_unit, k_unit = _unit(columns), _unit(inner)
+    n_span, k_span = work.spans
+    n_unit, k_unit = _unit(n_span), _unit(k_span)
     with on_device(x):
         linear_kernel[(-(-rows // tile.rows) * -(-columns // tile.columns),)](
             x, weight, work.bias, *(work.norm or (None,) * 4), extra, work.out, work.pre,
-            rows, columns // n_unit, inner // k_unit, x_row, w_row, extra_row,
+            rows, n_span // n_unit, k_span // k_unit, x_row, w_row, extra_row, work.cells.width,
             N_UNIT=n_unit, K_UNIT=k_unit, X_UNIT=x_unit, W_UNIT=w_unit, EXTRA_UNIT=extra_unit,
             GELU_IN=work.gelu_in, GELU_OUT=work.gelu_out, SLOPE=work.slope, TANH=work.tanh,
             TRANSPOSED=work.transposed, COLUMN_MASK=columns % tile.columns != 0,
-            TAIL=inner % tile.depth != 0, **_blocks(x, tile),
+            TAIL=k_span % tile.depth != 0, UPSAMPLE=work.cells.upsample, **_blocks(x, tile),
         )  # fmt: skip
 
 
@@ -306,7 +259,7 @@ def grouped_linear(
         problems: on one device.
         tile: block sizes; None for those of the table.
     """
-    works = [_forward_work(problem) for problem in problems]
+    works = [forward_work(problem) for problem in problems]
     _launch_grouped(works, tile)
     return [work.out if work.pre is None else (work.out, work.pre) for work in works]
 
@@ -318,13 +271,13 @@ def grouped_linear_input_grad(
     tile: GemmTile | None = None,
 ) -> list[Tensor]:
     """:func:`linear_input_grad` of each (grad_y, weight, gelu_of), as :func:`grouped_linear`."""
-    works = [_grad_work(*problem, tanh) for problem in problems]
+    works = [grad_work(*problem, tanh) for problem in problems]
     _launch_grouped(works, tile)
     return [work.out for work in works]
 
 
-def _launch_grouped(works: Sequence[_Work], tile: GemmTile | None) -> None:
-    groups: dict[tuple[Any, ...], list[tuple[_Work, dict[str, int]]]] = {}
+def _launch_grouped(works: Sequence[Work], tile: GemmTile | None) -> None:
+    groups: dict[tuple[Any, ...], list[tuple[Work, dict[str, int]]]] = {}
     for work in works:
         if work.out.numel():
             key, column = _column(work)
@@ -351,7 +304,7 @@ def _launch_grouped(works: Sequence[_Work], tile: GemmTile | None) -> None:
             )  # fmt: skip
 
 
-def _column(work: _Work) -> tuple[tuple[Any, ...], dict[str, int]]:
+def _column(work: Work) -> tuple[tuple[Any, ...], dict[str, int]]:
     """What tells launches apart, and what the table says of a problem."""
     norm = work.norm or (None,) * 4
     tensors = dict(zip(("mean", "rstd", "ln_weight", "ln_bias"), norm, strict=True))
@@ -369,94 +322,6 @@ def _column(work: _Work) -> tuple[tuple[Any, ...], dict[str, int]]:
     types = (there[name].dtype if name in there else None for name in names)
     flags = (work.gelu_in, work.gelu_out, work.slope, work.tanh, work.transposed)
     return (*types, unit, *flags), column
-
-
-# --- checks ---------------------------------------------------------------------------------------
-
-
-def _forward_work(problem: Problem) -> _Work:
-    x, weight, residual = problem.x, problem.weight, problem.residual
-    tensors = {"x": x, "weight": weight}
-    if residual is not None:
-        tensors["residual"] = residual
-    check_matrices(**tensors)
-    if weight.shape[1] != x.shape[1]:
-        raise ValueError(
-            f"weight must be (N, {x.shape[1]}) for x of shape {tuple(x.shape)}, got "
-            f"{tuple(weight.shape)}"
-        )
-    shape = (x.shape[0], weight.shape[0])
-    _check_like(x, shape, weight=weight, residual=residual)
-    check_vectors(weight.shape[0], bias=problem.bias)
-    out = x.new_empty(shape)
-    return _Work(
-        x=x,
-        weight=weight,
-        bias=problem.bias,
-        norm=_checked_norm(problem.norm, x),
-        extra=residual,
-        out=out,
-        pre=torch.empty_like(out) if problem.keep_pre else None,
-        gelu_in=problem.gelu_in,
-        gelu_out=problem.gelu_out,
-        slope=False,
-        tanh=problem.tanh,
-        transposed=True,
-    )
-
-
-def _grad_work(grad_y: Tensor, weight: Tensor, gelu_of: Tensor | None, tanh: bool) -> _Work:
-    tensors = {"grad_y": grad_y, "weight": weight}
-    if gelu_of is not None:
-        tensors["gelu_of"] = gelu_of
-    check_matrices(**tensors)
-    if weight.shape[0] != grad_y.shape[1]:
-        raise ValueError(
-            f"weight must be ({grad_y.shape[1]}, K) for grad_y of shape {tuple(grad_y.shape)}, got "
-            f"{tuple(weight.shape)}"
-        )
-    shape = (grad_y.shape[0], weight.shape[1])
-    _check_like(grad_y, shape, weight=weight, gelu_of=gelu_of)
-    return _Work(
-        x=grad_y,
-        weight=weight,
-        bias=None,
-        norm=None,
-        extra=gelu_of,
-        out=grad_y.new_empty(shape),
-        pre=None,
-        gelu_in=False,
-        gelu_out=False,
-        slope=True,
-        tanh=tanh,
-        transposed=False,
-    )
-
-
-def _check_like(x: Tensor, shape: tuple[int, int], weight: Tensor, **other: Tensor | None) -> None:
-    for name, y in {"weight": weight, **other}.items():
-        if y is None:
-            continue
-        if y.dtype != x.dtype:
-            raise ValueError(f"{name} must have the dtype {x.dtype} of the input, got {y.dtype}")
-        if name != "weight" and tuple(y.shape) != shape:
-            raise ValueError(f"{name} must be of the result's shape {shape}, got {tuple(y.shape)}")
-
-
-def _checked_norm(norm: tuple | None, x: Tensor) -> Norm | None:
-    if norm is None:
-        return None
-    norm = Norm(*norm)
-    check_vectors(x.shape[0], mean=norm.mean, rstd=norm.rstd)
-    check_vectors(x.shape[1], norm_weight=norm.weight, norm_bias=norm.bias)
-    return norm
-
-
-def _aligned(sizes: Iterable[int], tensors: Iterable[Tensor]) -> bool:
-    """Whether rows of these sizes and strides begin at 16 bytes, for every dtype."""
-    return all(size % STRIDE_UNIT == 0 for size in sizes) and all(
-        x.data_ptr() % 16 == 0 for x in tensors
-    )
 
 
 def _unit(size: int) -> int:

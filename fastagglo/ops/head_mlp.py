@@ -108,15 +108,15 @@ class Head(nn.Module):
             check_rotation("rotation", rotation, self.out_features, x.device)
             dtype = weight.dtype
             weight, bias = (v.to(dtype) for v in self._rotated(rotation.mT))
-        y = self._leave(x if entered else self.enter(x), weight, bias)
-        return pixel_shuffle(y, self.upsample) if shuffle else y
+        x = x if entered else self.enter(x)
+        return self._leave(x, weight, bias, self.upsample if shuffle else 1)
 
     def enter(self, x: Tensor) -> Tensor:
         """The first layer: (..., in_features) -> (..., hidden)."""
         return shared_linear(x, [self.fc1.weight], [self.fc1.bias])[0]
 
-    def _leave(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """All but the first layer, with these parameters of the last."""
+    def _leave(self, x: Tensor, weight: Tensor, bias: Tensor, upsample: int) -> Tensor:
+        """All but the first layer, with these parameters of the last, and the pixel shuffle."""
         raise TypeError("Head is a base class: use AdaptorMLP or AdaptorMLPv1")
 
     def tokens(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
@@ -255,10 +255,10 @@ class AdaptorMLP(Head):
             return super().enter(x)
         return self._step(self.pre_norm[0], x, self.fc1.weight, self.fc1.bias)
 
-    def _leave(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _leave(self, x: Tensor, weight: Tensor, bias: Tensor, upsample: int) -> Tensor:
         for norm, _, linear in self.blocks:
             x = self._step(norm, x, linear.weight, linear.bias, x)
-        return self._step(self.final[0], x, weight, bias)
+        return self._step(self.final[0], x, weight, bias, upsample=upsample)
 
     def _step(
         self,
@@ -267,11 +267,13 @@ class AdaptorMLP(Head):
         weight: Tensor,
         bias: Tensor,
         residual: Tensor | None = None,
+        upsample: int = 1,
     ) -> Tensor:
         return norm_gelu_linear(
             *(x, norm.weight, norm.bias, weight, bias, residual),
             eps=norm.eps,
             recompute=self.recompute,
+            upsample=upsample,
         )
 
 
@@ -316,8 +318,9 @@ class AdaptorMLPv1(Head):
         """The output layer."""
         return self.fc2
 
-    def _leave(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(self.inner(F.relu(self.norm(x))), weight, bias)
+    def _leave(self, x: Tensor, weight: Tensor, bias: Tensor, upsample: int) -> Tensor:
+        y = F.linear(self.inner(F.relu(self.norm(x))), weight, bias)
+        return pixel_shuffle(y, upsample) if upsample > 1 else y
 
 
 def adaptor_mlp(x: Tensor, head: AdaptorMLP, *, rotation: Tensor | None = None) -> Tensor:

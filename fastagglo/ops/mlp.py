@@ -135,7 +135,7 @@ def gelu_linear_residual(
     _check_residual(owner, x, residual, weight)
     tanh = _is_tanh(owner, approximate)
     triton = uses_triton(owner, x, norm=False)
-    return _step(x, None, None, weight, bias, residual, False, 0.0, tanh, True, triton)
+    return _step(x, None, None, weight, bias, residual, False, 0.0, tanh, True, 1, triton)
 
 
 def norm_gelu_linear(
@@ -149,6 +149,7 @@ def norm_gelu_linear(
     eps: float = 1e-5,
     approximate: str = "none",
     recompute: bool = True,
+    upsample: int = 1,
 ) -> Tensor:
     """``residual + F.linear(F.gelu(F.layer_norm(x)), weight, bias)``: a step of an adaptor head.
 
@@ -160,9 +161,13 @@ def norm_gelu_linear(
         approximate: the form of GELU.
         recompute: keep x and two numbers a row, and make the GELU's output again in the backward;
             False keeps that output too.
+        upsample: beyond 1, x is ``(..., h, w, C)``, there is no residual, and what would be
+            ``(..., h, w, N)`` is stored where ``pixel_shuffle`` would put it; its gradient is read
+            from there.
 
     Returns:
-        ``(..., N)``, in a dtype as of :func:`gelu_linear_residual`.
+        ``(..., N)``, or ``(..., h * upsample, w * upsample, N / upsample**2)``, in a dtype as of
+        :func:`gelu_linear_residual`.
 
     Raises:
         TypeError, ValueError: as :func:`layer_norm_gelu`.
@@ -175,7 +180,8 @@ def norm_gelu_linear(
     tanh = _is_tanh(owner, approximate)
     triton = uses_triton(owner, x, norm=True, strict=False)
     return _step(
-        x, norm_weight, norm_bias, weight, bias, residual, True, float(eps), tanh, recompute, triton
+        *(x, norm_weight, norm_bias, weight, bias, residual, True, float(eps), tanh, recompute),
+        *(upsample, triton),
     )
 
 
@@ -237,6 +243,7 @@ def _step(
     eps: float,
     tanh: bool,
     recompute: bool,
+    upsample: int,
     triton: bool,
 ) -> Tensor:
     dtype = compute_dtype(x)
@@ -247,9 +254,13 @@ def _step(
     y = NormGeluLinear.apply(
         *(_rows(x), norm_weight, norm_bias, weight, bias),
         None if residual is None or skip else _rows(residual),
-        *(skip, normalise, eps, tanh, dtype, out_dtype, keep, triton),
+        *(skip, normalise, eps, tanh, dtype, out_dtype, keep),
+        *(upsample, 1 if upsample == 1 else max(x.shape[-2], 1), triton),
     )
-    return y.view(*x.shape[:-1], weight.shape[0])
+    if upsample == 1:
+        return y.view(*x.shape[:-1], weight.shape[0])
+    *lead, height, width, _ = x.shape
+    return y.view(*lead, height * upsample, width * upsample, y.shape[1])
 
 
 def _rows(x: Tensor) -> Tensor:

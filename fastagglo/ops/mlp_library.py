@@ -89,14 +89,17 @@ class NormGeluLinear(torch.autograd.Function):
         dtype: torch.dtype,
         out_dtype: torch.dtype,
         keep: bool,
+        upsample: int,
+        width: int,
         triton: bool,
     ) -> Tensor:
         parameters = (norm_weight, norm_bias, weight, bias)
         y, mean, rstd, kept = torch.ops.fastagglo.norm_gelu_linear_fwd(
-            x, *parameters, residual, skip, normalise, eps, tanh, dtype, out_dtype, keep, triton
+            *(x, *parameters, residual, skip, normalise, eps, tanh, dtype, out_dtype, keep),
+            *(upsample, width, triton),
         )
         ctx.save_for_backward(x, mean, rstd, kept, *parameters)
-        ctx.settings = skip, normalise, eps, tanh, dtype, triton
+        ctx.settings = skip, normalise, eps, tanh, dtype, upsample, width, triton
         ctx.residual_dtype = None if residual is None else residual.dtype
         return y
 
@@ -110,7 +113,7 @@ class NormGeluLinear(torch.autograd.Function):
                 grad_y, *ctx.saved_tensors, *ctx.settings, wants
             )
         residual = grad_y.to(ctx.residual_dtype) if ctx.needs_input_grad[5] else None
-        return *_asked(found, wants), residual, *[None] * 8
+        return *_asked(found, wants), residual, *[None] * 10
 
 
 class SharedLinear(torch.autograd.Function):
@@ -161,7 +164,9 @@ def _asked(found: Sequence[Tensor], wants: Sequence[bool]) -> list[Tensor | None
 # --- the operators --------------------------------------------------------------------------------
 
 # x and all that goes with it is (rows, channels). dtype is that of a GEMM's operands. wants says
-# which gradients are asked for, in the order of the results; the others come out empty.
+# which gradients are asked for, in the order of the results; the others come out empty. With an
+# upsample beyond 1, y and its gradient are (rows * upsample**2, channels / upsample**2), where a
+# pixel shuffle of a grid ``width`` rows wide puts them.
 _PARAMETERS = "Tensor? norm_weight, Tensor? norm_bias, Tensor weight, Tensor? bias"
 for _name, _schema in {
     "norm_gelu_fwd": "(Tensor x, Tensor? weight, Tensor? bias, float eps, bool tanh, "
@@ -174,10 +179,11 @@ for _name, _schema in {
     "bool tanh, bool triton, bool[] wants) -> (Tensor, Tensor, Tensor)",
     "norm_gelu_linear_fwd": f"(Tensor x, {_PARAMETERS}, Tensor? residual, bool skip, "
     "bool normalise, float eps, bool tanh, ScalarType dtype, ScalarType out_dtype, bool keep, "
-    "bool triton) -> (Tensor y, Tensor mean, Tensor rstd, Tensor kept)",
+    "int upsample, SymInt width, bool triton) -> (Tensor y, Tensor mean, Tensor rstd, Tensor kept)",
     "norm_gelu_linear_bwd": "(Tensor grad_y, Tensor x, Tensor mean, Tensor rstd, Tensor kept, "
     f"{_PARAMETERS}, bool skip, bool normalise, float eps, bool tanh, ScalarType dtype, "
-    "bool triton, bool[] wants) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "int upsample, SymInt width, bool triton, bool[] wants) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "shared_linear_fwd": "(Tensor x, Tensor[] weights, Tensor?[] biases, ScalarType dtype) "
     "-> Tensor[]",
     "shared_linear_bwd": "(Tensor[] grads, Tensor x, Tensor[] weights, Tensor?[] biases, "
@@ -260,9 +266,10 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("fastagglo::norm_gelu_linear_fwd")
 def _(x: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    weight, normalise, (dtype, out_dtype, keep) = others[2], others[6], others[-4:-1]
+    weight, normalise, (dtype, out_dtype, keep) = others[2], others[6], others[-6:-3]
     rows, wide = x.shape[0], mlp_torch.wider(x.dtype)
-    y = x.new_empty((rows, weight.shape[0]), dtype=out_dtype)
+    cells = others[-3] ** 2
+    y = x.new_empty((rows * cells, weight.shape[0] // cells), dtype=out_dtype)
     stats = (x.new_empty(rows if normalise else 0, dtype=wide) for _ in range(2))
     return y, *stats, x.new_empty((rows if keep else 0, x.shape[1]), dtype=dtype)
 

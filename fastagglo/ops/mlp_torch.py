@@ -22,11 +22,11 @@ def wider(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _blocks(x: Tensor, widest: int) -> Iterator[slice]:
-    """Slices of the rows of x, nearly equal; on a CPU alone more than one."""
+def _blocks(x: Tensor, widest: int, multiple: int = 1) -> Iterator[slice]:
+    """Slices of the rows of x, nearly equal multiples; on a CPU alone more than one."""
     rows = x.shape[0]
     count = -(-rows * widest // BLOCK) if x.device.type == "cpu" else min(rows, 1)
-    each = -(-rows // max(count, 1))
+    each = -(-rows // (max(count, 1) * multiple)) * multiple
     for start in range(0, rows, max(each, 1)):
         yield slice(start, min(start + each, rows))
 
@@ -42,6 +42,20 @@ def _gelu_slope(grad: Tensor, x: Tensor, tanh: bool) -> Tensor:
 
 def _widened(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(wider(x.dtype))
+
+
+def runs_of(cells: Tensor, upsample: int, width: int) -> Tensor:
+    """The tokens of a pixel shuffle's result, a run of channels for each of their rows of cells.
+
+    Args:
+        cells: (rows * width * upsample**2, C), a grid's rows one after the other.
+
+    Returns:
+        (rows, width, upsample, upsample * C), a view where ``cells`` is contiguous.
+    """
+    rows = cells.shape[0] // (width * upsample**2)
+    runs = cells.reshape(rows, upsample, width, upsample * cells.shape[1])
+    return runs.transpose(1, 2)
 
 
 class _Norm:
@@ -198,15 +212,22 @@ def norm_gelu_linear(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     keep: bool,
+    upsample: int,
+    width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``residual + linear(gelu(layer_norm(x)))``, statistics, and the GELU's output if kept."""
+    """``residual + linear(gelu(layer_norm(x)))``, statistics, and the GELU's output if kept.
+
+    With ``upsample`` beyond 1 in shuffled place, row of a grid by row; there is no residual then.
+    """
     rows, channels = x.shape
     norm = _Norm(x, norm_weight, norm_bias, normalise, eps)
     narrow, narrow_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    y = x.new_empty(rows, weight.shape[0], dtype=out_dtype)
+    cells = upsample**2
+    y = x.new_empty(rows * cells, weight.shape[0] // cells, dtype=out_dtype)
+    runs = runs_of(y, upsample, width)
     stats = [x.new_empty(rows if normalise else 0, dtype=norm.wide) for _ in range(2)]
     kept = x.new_empty(rows if keep else 0, channels, dtype=dtype)
-    for part in _blocks(x, max(weight.shape)):
+    for part in _blocks(x, max(weight.shape), width):
         h, *found = norm(x[part])
         h = _gelu(h, tanh)
         if keep:
@@ -214,7 +235,10 @@ def norm_gelu_linear(
         for stat, value in zip(stats, found if normalise else (), strict=False):
             stat[part] = value[:, 0]
         h = h.to(dtype)
-        if residual is None and out_dtype == dtype:
+        if upsample > 1:
+            place = runs[part.start // width : part.stop // width]
+            place.copy_(F.linear(h, narrow, narrow_bias).view(place.shape))
+        elif residual is None and out_dtype == dtype:
             _linear_into(y[part], h, narrow, narrow_bias)
         else:
             product = F.linear(h, narrow, narrow_bias)
@@ -237,6 +261,8 @@ def norm_gelu_linear_backward(
     eps: float,
     tanh: bool,
     dtype: torch.dtype,
+    upsample: int,
+    width: int,
     wants: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x, norm_weight, norm_bias, weight and bias, of those that are wanted.
@@ -251,8 +277,15 @@ def norm_gelu_linear_backward(
     # Products of half precision are rounded: there must be one, not a sum of them.
     whole = wants[3] and dtype != wider(dtype)
     acts = x.new_empty(x.shape, dtype=dtype) if again and whole else kept
-    for part in _blocks(x, max(weight.shape)):
-        grad, block = grad_y[part].to(dtype), x[part]
+    runs = runs_of(grad_y, upsample, width)
+    if whole and upsample > 1:
+        grad_y = runs.reshape(x.shape[0], weight.shape[0])
+    for part in _blocks(x, max(weight.shape), width):
+        block = x[part]
+        grad = grad_y[part]
+        if upsample > 1 and not whole:
+            grad = runs[part.start // width : part.stop // width].reshape(-1, weight.shape[0])
+        grad = grad.to(dtype)
         h, _, _ = norm(block)
         if again and whole:
             acts[part] = _gelu(h, tanh)
@@ -271,7 +304,7 @@ def norm_gelu_linear_backward(
         sums.add_product(2, grad_y.to(dtype), acts)
     grad_bias = None
     if bias is not None and wants[4]:
-        grad_bias = grad_y.sum(0, dtype=wider(grad_y.dtype)).to(bias.dtype)
+        grad_bias = runs.sum((0, 1), dtype=wider(grad_y.dtype)).flatten().to(bias.dtype)
     norms = sums.result(0, norm_weight, wants[1]), sums.result(1, norm_bias, wants[2])
     return grad_x, *norms, sums.result(2, weight, wants[3]), grad_bias
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fastagglo.kernels import mlp as kernel
 from fastagglo.kernels.mlp_pointwise import MOST_CHANNELS
 from fastagglo.kernels.tiles import OLDEST_ARCH, capability
+from fastagglo.ops.mlp_torch import runs_of
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -115,8 +116,14 @@ def norm_gelu_linear(
     dtype: torch.dtype,
     out_dtype: torch.dtype,
     keep: bool,
+    upsample: int,
+    width: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``residual + linear(gelu(layer_norm(x)))``, statistics, and the GELU's output if kept."""
+    """``residual + linear(gelu(layer_norm(x)))``, statistics, and the GELU's output if kept.
+
+    With ``upsample`` beyond 1, a pixel shuffle follows: the kernel's store does it, and what cuBLAS
+    computes is copied once.
+    """
     x, weight = rows_of(x), rows_of(weight.to(dtype))
     norms = whole(norm_weight), whole(norm_bias)
     mean, rstd = (x.new_empty(0, dtype=torch.float32) for _ in range(2))
@@ -131,6 +138,7 @@ def norm_gelu_linear(
             gelu_in=True,
             residual=None if residual is None else rows_of(residual),
             tanh=tanh,
+            cells=kernel.Cells(upsample, width),
         )
         return y, mean, rstd, kept
     act, *stats = _activated(x, norms, normalise, eps, tanh)
@@ -139,6 +147,11 @@ def norm_gelu_linear(
     y = F.linear(act, weight, None if bias is None else bias.to(dtype))
     if residual is not None:
         y = y.add_(residual) if out_dtype == dtype else y + residual
+    if upsample > 1:
+        shuffled = y.new_empty(y.shape[0] * upsample**2, y.shape[1] // upsample**2)
+        runs = runs_of(shuffled, upsample, width)
+        runs.copy_(y.view(runs.shape))
+        y = shuffled
     return y, mean, rstd, act if keep else kept
 
 
@@ -157,10 +170,26 @@ def norm_gelu_linear_backward(
     eps: float,
     tanh: bool,
     dtype: torch.dtype,
+    upsample: int,
+    width: int,
     wants: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of x, norm_weight, norm_bias, weight and bias, of those that are wanted."""
+    """Gradients of x, norm_weight, norm_bias, weight and bias, of those that are wanted.
+
+    The kernels read a shuffled gradient where it is; for cuBLAS it is put in order, once.
+    """
     x, grad = rows_of(x), rows_of(grad_y.to(dtype))
+    cells = kernel.Cells(upsample, width)
+    if upsample > 1:
+        by_kernel = (
+            not want or _fused(op, x, weight)
+            for op, want in (("weight_grad", wants[3]), ("input_grad", any(wants[:3])))
+        )
+        if all(by_kernel) and x.dtype == dtype and not len(kept):
+            grad = grad.contiguous()
+        else:
+            grad = runs_of(grad, upsample, width).reshape(x.shape[0], weight.shape[0])
+            cells = kernel.PLAIN
     norms = whole(norm_weight), whole(norm_bias)
     grad_x = grad_weight = grad_bias = None
     of_norm: tuple[Tensor | None, ...] = (None, None)
@@ -173,23 +202,26 @@ def norm_gelu_linear_backward(
                 tanh=tanh,
                 sums=wants[4],
                 dtype=weight.dtype,
+                cells=cells,
             )
         else:
             act = kept if len(kept) else _activated(x, norms, normalise, eps, tanh)[0]
             grad_weight = (grad.T @ act.to(dtype)).to(weight.dtype)
     if wants[4]:
         if grad_bias is None:
-            grad_bias = grad.sum(0, dtype=torch.float32)
+            grad_bias = runs_of(grad, *cells).sum((0, 1), dtype=torch.float32).flatten()
         grad_bias = grad_bias.to(bias.dtype)
     if any(wants[:3]):
         narrow = weight.to(dtype)
         if normalise:
-            upstream = _input_grad(grad, narrow)
+            upstream = _input_grad(grad, narrow, cells)
             grad_x, *of_norm = norm_gelu_backward(
                 *(upstream, x, mean, rstd, norm_weight, norm_bias, tanh, eps, wants[:3])
             )
-        elif x.dtype == dtype and _fused("input_grad", grad, narrow):
-            grad_x = kernel.linear_input_grad(grad, rows_of(narrow), gelu_of=x, tanh=tanh)
+        elif x.dtype == dtype and _fused("input_grad", x, narrow):
+            grad_x = kernel.linear_input_grad(
+                grad, rows_of(narrow), gelu_of=x, tanh=tanh, cells=cells
+            )
         else:
             upstream = (grad @ narrow).to(x.dtype)
             grad_x, _ = kernel.gelu_backward(upstream, x, tanh, sums=False)
@@ -211,9 +243,9 @@ def _activated(
     return (kernel.gelu_forward(x, tanh),)
 
 
-def _input_grad(grad: Tensor, weight: Tensor) -> Tensor:
-    if _fused("input_grad", grad, weight):
-        return kernel.linear_input_grad(grad, rows_of(weight))
+def _input_grad(grad: Tensor, weight: Tensor, cells: kernel.Cells = kernel.PLAIN) -> Tensor:
+    if cells.upsample > 1 or _fused("input_grad", grad, weight):
+        return kernel.linear_input_grad(grad, rows_of(weight), cells=cells)
     return grad @ weight
 
 

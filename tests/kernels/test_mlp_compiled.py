@@ -18,6 +18,7 @@ import triton.language as tl
 from fastagglo.kernels import mlp, mlp_choice
 from fastagglo.kernels.analysis import Report, analyse
 from fastagglo.kernels.mlp_choice import GemmTile
+from fastagglo.kernels.sass import disassemble
 from fastagglo.kernels.stub import Launch, stub_device
 from fastagglo.ops.backend import INTERPRETED
 
@@ -26,9 +27,11 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles no
 OPCODES = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ROWS, COLUMNS, INNER = 46080, 1536, 1280
+CELLS = mlp.Cells(2, 8)
 PRODUCTS = (
     "plain", "epilogue", "gelu", "tanh", "norm", "input", "weight", "norm weight",
     "grouped", "grouped norm", "grouped input",
+    "shuffled norm", "shuffled input", "shuffled norm weight",
 )  # fmt: skip
 
 
@@ -67,6 +70,7 @@ def launches_of(
         x = torch.empty(rows, inner, dtype=DTYPES[dtype])
         weight = torch.empty(columns, inner, dtype=DTYPES[dtype])
         y = torch.empty(rows, columns, dtype=DTYPES[dtype])
+        shuffled = torch.empty(rows * CELLS.each, columns // CELLS.each, dtype=DTYPES[dtype])
         statistic = torch.empty(rows)
     bias, scale = weight[:, 0].contiguous(), weight[0]
     norm = (statistic, statistic, scale, scale)
@@ -100,6 +104,14 @@ def launches_of(
         "weight": lambda: mlp.linear_weight_grad(y, x, tile=tile),
         "weight alone": lambda: mlp.linear_weight_grad(y, x, sums=False, tile=tile),
         "norm weight": lambda: mlp.linear_weight_grad(y, x, norm=norm, gelu_in=True, tile=tile),
+        "shuffled norm": lambda: mlp.linear(
+            x, weight, bias, norm=norm, gelu_in=True, cells=CELLS, tile=tile
+        ),
+        "shuffled input": lambda: mlp.linear_input_grad(shuffled, weight, cells=CELLS, tile=tile),
+        "shuffled norm weight": lambda: mlp.linear_weight_grad(
+            shuffled, x, norm=norm, gelu_in=True, cells=CELLS, tile=tile
+        ),
+        "last norm": lambda: mlp.linear(x, weight, bias, norm=norm, gelu_in=True, tile=tile),
         "grouped": lambda: mlp.grouped_linear([problem] * 8, tile=tile),
         "grouped norm": lambda: mlp.grouped_linear(
             [mlp.Problem(x, weight, bias, **block)] * 8, tile=tile
@@ -265,6 +277,34 @@ def test_only_some_programs_add_up_columns(arch: str) -> None:
     assert max(floats) > 0
     (loop,) = report_of(arch, "weight alone").loops
     assert loop.counts["float"] == 0
+
+
+@pytest.mark.parametrize("arch", OPCODES)
+def test_a_shuffle_is_all_in_addresses(arch: str) -> None:
+    """Forward: outside of the loop. Gradients: one division a trip, and one a row of the block."""
+    plain, ours = (mix(report_of(arch, what)) for what in ("last norm", "shuffled norm"))
+    assert abs(ours["total"] - plain["total"]) <= 4
+    assert ours["global"] == plain["global"]
+    # 16 bytes at a time, in all of them.
+    for what in ("shuffled norm", "shuffled input", "shuffled norm weight"):
+        listing = disassemble(launches_of(arch, what)[0].cubin)
+        stores = re.findall(r"\bSTG\.E\.128\b", listing)
+        copies = re.findall(r"\bLDGSTS\.E\.BYPASS[.\w]*\.128\b", listing)
+        assert len(stores) >= 8, what
+        assert len(copies) >= 12, what
+    for what, most in (("input", 1.2), ("norm weight", 1.1)):
+        plain, ours = (mix(report_of(arch, w)) for w in (what, f"shuffled {what}"))
+        print(arch, what, {k: n - plain.get(k, 0) for k, n in ours.items()})
+        for name in ("tensor", "global", "sync", "shared"):
+            assert ours.get(name) == plain.get(name), name
+        assert "local" not in ours
+        assert ours["total"] <= most * plain["total"]
+
+
+@pytest.mark.parametrize("what", ["shuffled norm", "shuffled input", "shuffled norm weight"])
+def test_shuffled_widths_that_are_no_block(what: str) -> None:
+    for sizes in ((1000, 4 * 382, 1160), (1000, 4 * 289, 1283)):
+        assert_good(report_of("sm_90", what, "fp16", sizes))
 
 
 # --- launches

@@ -18,6 +18,7 @@ from fastagglo.ops import (
     reference,
     use_backend,
 )
+from fastagglo.ops.heads import pixel_shuffle
 from fastagglo.ops.mlp import norm_gelu_linear, shared_linear
 
 WIDTH, OUT = 17, 13  # no multiple of anything
@@ -142,6 +143,49 @@ def test_eps() -> None:
     expected = reference.layer_norm_gelu(x, eps=0.1)
     torch.testing.assert_close(layer_norm_gelu(x, eps=0.1), expected)
     assert (layer_norm_gelu(x) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 1, 1), (7, 2), (0, 2, 3), (2, 3, 0)], ids=str)
+@pytest.mark.parametrize("upsample", [2, 3])
+@pytest.mark.parametrize("block", [None, 4 * WIDTH])
+def test_shuffled(
+    shape: tuple[int, ...], upsample: int, block: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pixel shuffle's places: grids that are not square, several of them, block by block."""
+    if block is not None:
+        monkeypatch.setattr(mlp_torch, "BLOCK", block)
+    x, channels = draw(*shape, WIDTH), 5 * upsample**2
+    parameters = [draw(WIDTH, seed=1), draw(WIDTH, seed=2), draw(channels, WIDTH), draw(channels)]
+
+    def twin(*tensors: Tensor) -> Tensor:
+        return pixel_shuffle(norm_gelu_linear_twin(*tensors, None, "none"), upsample)
+
+    for recompute in (True, False):
+        found = results(norm_gelu_linear, [x, *parameters], upsample=upsample, recompute=recompute)
+        assert_same(found, results(twin, [x, *parameters]))
+
+
+def test_shuffled_under_autocast_and_compiled() -> None:
+    x = draw(2, 30, 11, WIDTH, dtype=torch.float32)
+    parameters = [t.float() for t in (draw(WIDTH, seed=1), draw(WIDTH), draw(20, WIDTH), draw(20))]
+
+    def twin(*tensors: Tensor) -> Tensor:
+        return pixel_shuffle(norm_gelu_linear_twin(*tensors, None, "none"), 2)
+
+    exact = results(twin, [t.double() for t in (x, *parameters)])
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = results(twin, [x, *parameters])
+        found = results(norm_gelu_linear, [x, *parameters], upsample=2)
+    for got, theirs, right in zip(found, plain, exact, strict=True):
+        assert got.dtype == theirs.dtype
+        error, budget = ((v.double() - right).norm() for v in (got, theirs))
+        assert error <= 1.1 * budget
+    compiled = torch.compile(norm_gelu_linear, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (3, 7):
+        given = [draw(rows, rows + 1, WIDTH, dtype=torch.float32), *parameters]
+        assert_same(
+            results(compiled, given, upsample=2), results(norm_gelu_linear, given, upsample=2)
+        )
 
 
 @pytest.mark.parametrize("op", ["gelu_linear_residual", "norm_gelu_linear"])
@@ -322,10 +366,18 @@ def test_opcheck(dtype: torch.dtype) -> None:
         norms = (None, None) if skip else (gamma, beta)
         settings = (skip, not skip, 1e-5, False, half)
         arguments = (given, *norms, w, c, None if skip or keep else residual, *settings)
-        check(ops.norm_gelu_linear_fwd.default, (*arguments, dtype, keep, False))
+        check(ops.norm_gelu_linear_fwd.default, (*arguments, dtype, keep, 1, 1, False))
         act = given.to(half) if keep else given.new_empty(0, given.shape[1], dtype=half)
         kept = (given, mean, rstd, act, *norms, w, c)
-        check(ops.norm_gelu_linear_bwd.default, (residual, *kept, *settings, False, [True] * 5))
+        settings = (*settings, 1, 1, False, [True] * 5)
+        check(ops.norm_gelu_linear_bwd.default, (residual, *kept, *settings))
+    layer = (gamma, beta, weight[:12], bias[:12])  # shuffled: a grid of 2 x 3
+    settings = (False, True, 1e-5, False, half)
+    more = (half, False, 2, 3, False)
+    check(ops.norm_gelu_linear_fwd.default, (x, *layer, None, *settings, *more))
+    kept = (x, mean, rstd, x.new_empty(0, WIDTH, dtype=half), *layer)
+    cells = draw(24, 3, dtype=half)
+    check(ops.norm_gelu_linear_bwd.default, (cells, *kept, *settings, 2, 3, False, [True] * 5))
     lists = ([weight, weight], [bias, None])
     check(ops.shared_linear_fwd.default, (x, *lists, half))
     upstream = [residual.to(half)] * 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,6 +21,7 @@ from mlp_cases import (
 from torch import Tensor
 
 from fastagglo.kernels import mlp as kernel
+from fastagglo.kernels.mlp import Cells
 from fastagglo.kernels.mlp_choice import GemmTile
 
 # Several blocks each way, at sizes that the interpreter can bear.
@@ -213,6 +216,109 @@ def test_rows_of_a_weight_grad_are_shared_out(monkeypatch, rows_each):
     assert alone["bias"].shape == (0,)
 
 
+# --- in the places of a pixel shuffle
+
+# Grid rows of all images, tokens in one, cells of a token on a side, channels of a cell: runs of
+# whole blocks, of less than one, with tails; grids that are not square; one of everything.
+GRIDS = [(2, 16, 2, 16), (6, 7, 2, 9), (3, 5, 3, 11), (37, 1, 2, 10), (1, 37, 2, 3), (1, 1, 2, 1)]
+
+
+def shuffled(tokens: Tensor, cells: Cells) -> Tensor:
+    """(M, N) -> (M * upsample**2, N / upsample**2)."""
+    u, width = cells
+    split = tokens.unflatten(0, (-1, width)).unflatten(-1, (u, u, -1))
+    return split.transpose(1, 2).flatten(0, 3)
+
+
+def in_order(cells_of: Tensor, cells: Cells) -> Tensor:
+    u, width = cells
+    return cells_of.unflatten(0, (-1, u, width, u)).transpose(1, 2).flatten(2, 4).flatten(0, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_shuffled(grid, dtype, monkeypatch):
+    """The same bits as without, elsewhere; and every number of the result is written."""
+    (down, width, u, channels), inner = grid, 24
+    cells = Cells(u, width)
+    inputs = make_inputs(down * width, u * u * channels, inner, dtype)
+    monkeypatch.setattr(torch.Tensor, "new_empty", filled_with_nan)
+    for parts in ("norm gelu_in bias", "bias gelu_out pre residual"):
+        options = arguments(inputs, parts)
+        plain, found = (
+            kernel.linear(inputs["x"], inputs["weight"], **options, **more, tile=TILE)
+            for more in ({}, {"cells": cells})
+        )
+        if "pre" in parts:
+            (plain, pre), (found, also) = plain, found
+            assert torch.equal(also, pre)
+        assert found.shape == (down * width * u * u, channels)
+        assert torch.equal(found, shuffled(plain, cells))
+    grad, weight, x = shuffled(inputs["grad"], cells), inputs["weight"], inputs["x"]
+    assert torch.equal(in_order(grad, cells), inputs["grad"])
+    for gelu_of in (None, x):
+        found, plain = (
+            kernel.linear_input_grad(g, weight, gelu_of=gelu_of, tile=TILE, **more)
+            for g, more in ((grad, {"cells": cells}), (inputs["grad"], {}))
+        )
+        # Sums over the channels begin anew with each run: another order.
+        width_of_sum = weight.shape[0]
+        torch.testing.assert_close(
+            found, plain, rtol=2 * torch.finfo(dtype).eps, atol=2.0**-22 * width_of_sum
+        )
+    for rows_each in (16, 1 << 20):
+        monkeypatch.setattr(kernel, "splits", lambda *_, each=rows_each: each)
+        plain = run_weight_grad(inputs, "norm gelu_in")
+        assert_same(run_weight_grad(inputs | {"grad": grad}, "norm gelu_in", cells=cells), plain)
+
+
+def filled_with_nan(like: Tensor, *shape, dtype=None, device=None) -> Tensor:
+    """For ``new_empty``."""
+    shape = shape[0] if isinstance(shape[0], Sequence) else shape
+    return torch.full(shape, NAN, dtype=dtype or like.dtype, device=device or like.device)
+
+
+def test_shuffled_in_quarters_and_in_the_tables_tiles():
+    cells = Cells(2, 5)
+    inputs = make_inputs(20, 4 * 75, 24, torch.float32)
+    for tile in (GemmTile(32, 256, 16, 4, 2), None):
+        plain, found = (
+            kernel.linear(inputs["x"], inputs["weight"], inputs["bias"], tile=tile, **more)
+            for more in ({}, {"cells": cells})
+        )
+        assert torch.equal(found, shuffled(plain, cells))
+
+
+def test_shuffled_reads_nothing_beyond_the_last_number():
+    cells = Cells(2, 7)
+    inputs = make_inputs(21, 4 * 9, 24, torch.float32)
+    inputs["grad"] = shuffled(inputs["grad"], cells)
+    ends = {name: at_the_end_of_memory(x) for name, x in inputs.items()}
+    for call in (
+        lambda i: kernel.linear_input_grad(i["grad"], i["weight"], cells=cells, tile=TILE),
+        lambda i: kernel.linear_weight_grad(i["grad"], i["x"], cells=cells, tile=TILE)[0],
+    ):
+        assert torch.equal(call(ends), call(inputs))
+
+
+def test_nothing_shuffled():
+    x, weight, cells = torch.empty(0, 24), torch.ones(12, 24), Cells(2, 5)
+    x, weight = x.to(DEVICE), weight.to(DEVICE)
+    grad = kernel.linear(x, weight, cells=cells)
+    assert grad.shape == (0, 3)
+    assert kernel.linear_input_grad(grad, weight, cells=cells).shape == (0, 24)
+    weight_grad, sums = kernel.linear_weight_grad(grad, x, cells=cells)
+    assert (weight_grad.shape, sums.shape) == ((12, 24), (12,))
+    assert not weight_grad.any()
+    assert not sums.any()
+    grad = torch.arange(10 * 4 * 3.0, device=DEVICE).view(40, 3)
+    weight_grad, sums = kernel.linear_weight_grad(
+        grad, torch.empty(10, 0, device=DEVICE), cells=cells
+    )
+    assert weight_grad.shape == (12, 0)
+    assert torch.equal(sums, in_order(grad, cells).sum(0))
+
+
 # --- memory
 
 
@@ -311,3 +417,12 @@ def test_errors():
         kernel.linear_input_grad(y, weight, gelu_of=y)
     with pytest.raises(ValueError, match="grad_y must have the 4 rows"):
         kernel.linear_weight_grad(y[:2], x)
+    with pytest.raises(ValueError, match="rows of 3 tokens do not make up 4"):
+        kernel.linear(x, torch.zeros(12, 8, device=DEVICE), cells=Cells(2, 3))
+    with pytest.raises(ValueError, match="weight must have a multiple of 4 rows, got 6"):
+        kernel.linear(x, weight, cells=Cells(2, 2))
+    wide = torch.zeros(16, 8, device=DEVICE)[:, :3]
+    with pytest.raises(ValueError, match=r"grad_y must be contiguous with 4 rows .*\(16, 3\)"):
+        kernel.linear_input_grad(wide, torch.zeros(12, 8, device=DEVICE), cells=Cells(2, 2))
+    with pytest.raises(ValueError, match=r"grad_y must be contiguous with 4 rows .*\(16, 3\)"):
+        kernel.linear_weight_grad(wide, x, cells=Cells(2, 2))

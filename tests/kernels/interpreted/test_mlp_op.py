@@ -11,7 +11,14 @@ from torch import Tensor
 
 from fastagglo import ops
 from fastagglo.kernels import mlp_choice
-from fastagglo.ops import AdaptorHeads, HeadSpec, mlp_triton, reference, use_backend
+from fastagglo.ops import (
+    AdaptorHeads,
+    AdaptorMLP,
+    HeadSpec,
+    mlp_triton,
+    reference,
+    use_backend,
+)
 from fastagglo.ops.mlp import norm_gelu_linear
 
 M, K, N = 37, 48, 40
@@ -92,6 +99,47 @@ def test_the_kernels_run(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert ran == ["linear", "linear_weight_grad", "linear_input_grad"]
     else:
         assert ran == ["norm_gelu_forward"] * 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("recompute", [True, False])
+def test_an_upsampling_head(
+    recompute: bool, dtype: torch.dtype, road: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last layer's tile is stored in shuffled place and its gradient read from there."""
+    torch.manual_seed(0)
+    head = AdaptorMLP(24, 33, 5, blocks=1, upsample=2, recompute=recompute).to(DEVICE, dtype)
+    with torch.no_grad():
+        for p in head.parameters():
+            p.add_(torch.randn_like(p) * 0.2)
+    x = randn(2, 3, 5, 24, seed=1, dtype=dtype)
+    seen: list[str] = []
+    for name in ("linear", "linear_weight_grad", "linear_input_grad"):
+        real = getattr(mlp_triton.kernel, name)
+
+        def spy(*a: object, name: str = name, real: Callable = real, **k: object) -> object:
+            if k.get("cells", mlp_triton.kernel.PLAIN).upsample == 2:
+                seen.append(name)
+            return real(*a, **k)
+
+        monkeypatch.setattr(mlp_triton.kernel, name, spy)
+
+    def everything(call: Callable, tensors: Sequence[Tensor]) -> list[Tensor]:
+        return results(lambda x, *_: call(x, head), tensors[:1]) + [
+            g.detach()
+            for g in torch.autograd.grad(
+                call(tensors[0], head).float().square().sum(), list(head.parameters())
+            )
+        ]
+
+    plain = everything(reference.adaptor_mlp, [x])
+    with use_backend("triton"):
+        found = everything(ops.adaptor_mlp, [x])
+    by_kernel = ["linear", "linear_weight_grad", "linear_input_grad"]
+    fused = road == "triton" and recompute and dtype != torch.float32
+    assert seen == (by_kernel * 2 if fused else [])
+    head.double()
+    assert_as_exact(found, plain, everything(reference.adaptor_mlp, [x.double()]))
 
 
 @pytest.mark.parametrize("recompute", [True, False])
