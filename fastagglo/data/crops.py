@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
 
 from fastagglo.data.plan import check_float
 
@@ -75,6 +79,13 @@ class Views:
         """``(views - 1, 2)``: where each other view starts relative to the first, as they lie
         after the flip: mirrored views start at their right edges, so dx changes its sign."""
         return (self.cells[1:] - self.cells[0]) * (1, -1 if self.flip else 1)
+
+    def scaled(self, factor: float) -> Views:
+        """The same boxes in the pixels of an image that is ``factor`` times as large."""
+        if factor == 1:
+            return self
+        boxes = [Box(*(side * factor for side in box)) for box in self.boxes]
+        return Views(boxes, self.cells, self.flip)
 
 
 def draw_views(
@@ -152,20 +163,53 @@ def _draw_size(
     return box_width, min(most_height, box_width / ratio)
 
 
-def render(image: Image, box: Box, size: int, flip: bool = False) -> np.ndarray:
+def render(image: Image | np.ndarray, box: Box, size: int, flip: bool = False) -> np.ndarray:
     """The pixels of a box, resized with antialiasing to ``(3, size, size)`` uint8.
 
     Bilinear: bicubic costs 1.7 times as much (1.3 against 0.75 ms at 224 px), and resizing is most
     of the cost of a crop. The filter reads beyond the box where the image goes on, so boxes that
     overlap agree where they overlap.
     """
-    from PIL.Image import Resampling
+    from PIL.Image import Resampling, fromarray
 
+    if isinstance(image, np.ndarray):
+        image = fromarray(image)
     right = min(box.left + box.width, image.width)
     bottom = min(box.top + box.height, image.height)
     resized = image.resize((size, size), Resampling.BILINEAR, (box.left, box.top, right, bottom))
     pixels = np.asarray(resized).transpose(2, 0, 1)
     return pixels[:, :, ::-1] if flip else pixels
+
+
+def whole(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a box of whole pixels next to it, within the image."""
+    wide = min(max(1, round(box.width)), width)
+    high = min(max(1, round(box.height)), height)
+    return min(round(box.left), width - wide), min(round(box.top), height - high), wide, high
+
+
+def cut(image: Image | np.ndarray, box: Box) -> np.ndarray:
+    """The pixels of a box, its edges moved to whole pixels: ``(height, width, 3)`` uint8."""
+    if isinstance(image, np.ndarray):
+        left, top, wide, high = whole(box, image.shape[1], image.shape[0])
+        # In memory of its own: PyTorch resizes a part of an image at half the speed of a whole.
+        return np.ascontiguousarray(image[top : top + high, left : left + wide])
+    left, top, wide, high = whole(box, image.width, image.height)
+    return np.asarray(image.crop((left, top, left + wide, top + high)))
+
+
+def resize(pixels: np.ndarray, size: int, flip: bool = False) -> Tensor:
+    """All of ``(height, width, 3)`` uint8, resized to ``(3, size, size)``.
+
+    The filter of :func:`render` in PyTorch's vectorised form, at a quarter of its cost. It takes
+    whole pixels only.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # read-only memory: it is only read
+        image = torch.from_numpy(pixels)
+    image = image.permute(2, 0, 1)[None]
+    resized = interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
+    return resized.flip(2) if flip else resized
 
 
 def square_boxes(width: int, height: int, count: int) -> list[Box]:

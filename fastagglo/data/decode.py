@@ -43,7 +43,7 @@ class BadImage(Exception):
         return BadImage, (self.reason, self.detail)
 
 
-def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
+def decode(data: bytes, *, max_pixels: int = MAX_PIXELS, shrink: int = 1) -> Image:
     """Decode an image file.
 
     Greyscale, palette and CMYK images become RGB; 16-bit ones keep their high byte; alpha is laid
@@ -52,6 +52,8 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
     Args:
         data: the bytes of a JPEG, PNG, WebP, BMP, GIF, TIFF or PPM file.
         max_pixels: the largest width times height that is decoded.
+        shrink: 2, 4 or 8 leaves out what a JPEG's pixels have in detail: a pixel then covers so
+            many of the file's, along both sides. Other formats come whole.
 
     Returns:
         A loaded Pillow image of mode RGB (``numpy.asarray`` of it is ``(H, W, 3)`` uint8).
@@ -66,8 +68,10 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise BadImage("too_large", f"{width} x {height} is above {max_pixels} pixels")
+            if shrink > 1:
+                image.draft("RGB", (width // shrink, height // shrink))
             image.load()
-            return _upright(_to_rgb(image), _orientation(image))
+            return upright(_to_rgb(image), _orientation(image))
     except BadImage:
         raise
     except pil.DecompressionBombError as error:
@@ -76,6 +80,18 @@ def decode(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image:
         # Decoders meet broken bytes with nearly every exception there is: OSError, SyntaxError,
         # ValueError, struct.error, KeyError, ... None of them may end a training run.
         raise BadImage("corrupt", f"{len(data)} bytes, {error or type(error).__name__}") from error
+
+
+def jpeg_header(data: bytes) -> tuple[int, int, int] | None:
+    """Width, height and EXIF orientation of a JPEG file in grey or RGB; None for any other file."""
+    pil = require("PIL.Image", extra="train", purpose="decoding images")
+    try:
+        with pil.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            if image.mode in ("L", "RGB"):
+                return *image.size, _orientation(image)
+    except Exception:  # no JPEG, or a broken one: as many kinds as above
+        pass
+    return None
 
 
 def _to_rgb(image: Image) -> Image:
@@ -102,7 +118,8 @@ def _orientation(image: Image) -> int:
         return 1
 
 
-def _upright(image: Image, orientation: int) -> Image:
+def upright(image: Image, orientation: int) -> Image:
+    """The image as its EXIF orientation, 1 to 8, wants it shown."""
     from PIL.Image import Transpose
 
     turn = {

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastagglo.data.decode import MAX_PIXELS
+from fastagglo.data.picture import Picture
 from fastagglo.data.source import CachedImages, Source
 from fastagglo.errors import UserError, require
 
@@ -95,9 +96,12 @@ class PhotoSource(Source):
     def image(self, index: int, *, max_pixels: int = MAX_PIXELS) -> Image:
         image = self._cache.get(index)
         if image is None or image.width * image.height > max_pixels:
-            image = super().image(index, max_pixels=max_pixels)
+            image = super().picture(index, max_pixels=max_pixels).image()
             self._cache.put(index, image)
         return image
+
+    def picture(self, index: int, *, max_pixels: int = MAX_PIXELS) -> Picture:
+        return Picture.of(self.image(index, max_pixels=max_pixels))
 
 
 def _package_folder(package: str) -> Path:

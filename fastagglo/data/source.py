@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fastagglo.data.decode import MAX_PIXELS, BadImage, decode
+from fastagglo.data.decode import MAX_PIXELS, BadImage
+from fastagglo.data.picture import Picture
 from fastagglo.data.plan import check_float
 
 if TYPE_CHECKING:
@@ -49,11 +50,19 @@ class Source(ABC):
         Raises:
             BadImage: "unreadable", "too_large" or "corrupt".
         """
+        return self.picture(index, max_pixels=max_pixels).image()
+
+    def picture(self, index: int, *, max_pixels: int = MAX_PIXELS) -> Picture:
+        """The upright RGB image, decoded when its pixels are wanted.
+
+        Raises:
+            BadImage: "unreadable", "too_large", or "corrupt" as far as the header tells.
+        """
         try:
             data = self.read(index)
         except OSError as error:
             raise BadImage("unreadable", str(error)) from error
-        return decode(data, max_pixels=max_pixels)
+        return Picture(data, max_pixels=max_pixels)
 
 
 class CachedImages:
@@ -110,6 +119,9 @@ class Subset(Source):
 
     def image(self, index: int, *, max_pixels: int = MAX_PIXELS) -> Image:
         return self.source.image(int(self.indices[index]), max_pixels=max_pixels)
+
+    def picture(self, index: int, *, max_pixels: int = MAX_PIXELS) -> Picture:
+        return self.source.picture(int(self.indices[index]), max_pixels=max_pixels)
 
     @property
     def shards(self) -> Sequence[int]:
@@ -175,9 +187,18 @@ class Mixture(Source):
         part, local = self.locate(index)
         return self.sources[part].image(local, max_pixels=max_pixels)
 
+    def picture(self, index: int, *, max_pixels: int = MAX_PIXELS) -> Picture:
+        part, local = self.locate(index)
+        return self.sources[part].picture(local, max_pixels=max_pixels)
+
     @property
     def shards(self) -> Sequence[int]:
         return [count for source in self.sources for count in source.shards]
+
+
+def file_digest(source: Source, index: int) -> bytes:
+    """16 bytes that stand for an image file's bytes. Raises OSError where they cannot be read."""
+    return blake2b(source.read(index), digest_size=16).digest()
 
 
 def find_duplicates(source: Source) -> np.ndarray:
@@ -192,7 +213,7 @@ def find_duplicates(source: Source) -> np.ndarray:
     duplicate = np.zeros(len(source), dtype=bool)
     for index in range(len(source)):
         try:
-            digest = blake2b(source.read(index), digest_size=16).digest()
+            digest = file_digest(source, index)
         except OSError:
             continue
         duplicate[index] = digest in seen

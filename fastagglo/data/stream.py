@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastagglo.data.crops import CropRange, draw_views, render
+from fastagglo.data.crops import CropRange, Views, cut, draw_views, render, resize
 from fastagglo.data.decode import MAX_PIXELS, BadImage
+from fastagglo.data.fixed import FeatureReader, StoredViews, fixed_generator, view_address
 from fastagglo.data.order import make_order, sample_generator
 from fastagglo.data.plan import (
     MAX_BAD,
@@ -24,7 +25,7 @@ from fastagglo.data.plan import (
     check_float,
     check_int,
 )
-from fastagglo.data.source import Source, find_duplicates
+from fastagglo.data.source import Source, file_digest, find_duplicates
 from fastagglo.data.split import check_region, region_start
 from fastagglo.errors import UserError
 
@@ -52,6 +53,22 @@ class Filters:
         check_float("uniform_std", self.uniform_std, 0.0, 255.0)
         if not isinstance(self.duplicates, bool):
             raise TypeError(f"duplicates must be a bool, got {self.duplicates!r}")
+
+
+class _Pick(NamedTuple):
+    """A photo that is about to be cropped."""
+
+    key: str
+    image: Image | np.ndarray  # the pixels that training may see, ``shrink`` times smaller
+    end: int  # the first column of the file that training may not see
+    shrink: int
+    views: Views  # boxes in the file's pixels
+    file: bytes = b""  # digest of the file, where views are fixed
+
+    def address(self, view: int, size: int, shifted: bool) -> bytes:
+        # All that the pixels depend on: those of shifted boxes are not cut whole.
+        how = (self.end, self.shrink, shifted)
+        return view_address(self.file, how, self.views.boxes[view], self.views.flip, size)
 
 
 class CropStream(Dataset[TrainBatch]):
@@ -83,6 +100,11 @@ class CropStream(Dataset[TrainBatch]):
         filters: which images are replaced.
         max_pixels: larger images are not decoded.
         max_attempts: so many unusable images in a row end the run.
+        fixed_crops: 0 draws every crop anew; K gives each photo K crops, the same at every
+            resolution, of which it shows the next one each epoch. With shifts, their shifts are
+            fixed too.
+        crop_seed: of the fixed crops. The run's own seed does not touch them.
+        reader: gives stored features of the teachers' views of fixed crops.
 
     Raises:
         UserError: no images in the source; at a step, ``max_attempts`` unusable images in a row.
@@ -104,6 +126,9 @@ class CropStream(Dataset[TrainBatch]):
         filters: Filters | None = None,
         max_pixels: int = MAX_PIXELS,
         max_attempts: int = 16,
+        fixed_crops: int = 0,
+        crop_seed: int = 0,
+        reader: FeatureReader | None = None,
     ) -> None:
         if not isinstance(source, Source):
             raise TypeError(f"source must be a Source, got {type(source).__name__}")
@@ -121,6 +146,11 @@ class CropStream(Dataset[TrainBatch]):
         self.filters = Filters() if filters is None else filters
         self.max_pixels = check_int("max_pixels", max_pixels, 1)
         self.max_attempts = check_int("max_attempts", max_attempts, 1)
+        self.fixed_crops = check_int("fixed_crops", fixed_crops, 0)
+        self.crop_seed = check_int("crop_seed", crop_seed, 0)
+        self.reader = reader
+        if reader is not None and self.fixed_crops == 0:
+            raise ValueError("a reader needs fixed_crops of at least 1, got 0: no crop comes twice")
         if len(source) == 0:
             raise UserError("the training source holds no images")
         self._order = make_order(source, self.seed)
@@ -152,6 +182,25 @@ class CropStream(Dataset[TrainBatch]):
             raise TypeError(f"planner must return a StepPlan, got {type(plan).__name__}")
         return plan
 
+    def fixed_views(self, index: int, plans: Sequence[GroupPlan]) -> list[GroupViews]:
+        """All fixed crops of one photo, as the teachers of each plan see them.
+
+        Args:
+            index: of the photo in the source.
+            plans: sizes and shifts; their counts are not used.
+
+        Returns:
+            One group of ``fixed_crops`` images for each plan, without the student's views.
+
+        Raises:
+            BadImage: the photo cannot be used.
+        """
+        crops = range(self.fixed_crops)
+        return [
+            self._cut(plan, (self._fixed(index, plan, crop) for crop in crops), student=False)
+            for plan in plans
+        ]
+
     def _group(
         self,
         group: GroupPlan,
@@ -159,48 +208,65 @@ class CropStream(Dataset[TrainBatch]):
         skipped: Counter[str],
         bad: list[tuple[str, str]],
     ) -> GroupViews:
+        # One by one: a decoded photo is much larger than its crops.
+        rows = range(group.count)
+        return self._cut(group, (self._usable(position + r, group, skipped, bad) for r in rows))
+
+    def _cut(self, group: GroupPlan, picks: Iterable[_Pick], student: bool = True) -> GroupViews:
+        """The views of some photos; ``student=False`` leaves the student's out."""
         names = list(group.teachers)
         sizes = [group.size, *group.teachers.values()]
         # Without shifts all views have the same box: one buffer for each size serves them all.
         shifted = group.shift_std > 0
         slots = list(range(len(sizes))) if shifted else [sizes.index(size) for size in sizes]
-        buffers = {
-            slot: np.empty((group.count, 3, sizes[slot], sizes[slot]), dtype=np.uint8)
-            for slot in slots
-        }
-        shifts = np.zeros((len(names), group.count, 2), dtype=np.float32)
+        count = group.count if student else self.fixed_crops
+        buffers: dict[int, torch.Tensor] = {}
+        shifts = np.zeros((len(names), count, 2), dtype=np.float32)
         keys = []
-        for row in range(group.count):
-            index, image, random = self._usable(position + row, skipped, bad)
-            keys.append(self.source.key(index))
-            views = draw_views(
-                random,
-                image.width,
-                image.height,
-                self.crops,
-                views=len(sizes) if shifted else 1,
-                shift_std=group.shift_std,
-                grid=max(1, group.size // group.patch_size),
-            )
-            for slot, buffer in buffers.items():
-                box = views.boxes[slot if shifted else 0]
-                buffer[row] = render(image, box, sizes[slot], views.flip)
+        stored = StoredViews(names, self.reader) if self.fixed_crops else None
+        for row, pick in enumerate(picks):
+            keys.append(pick.key)
+            needed = {0} if student else set()
+            for slot, name in zip(slots[1:], names, strict=True):
+                if stored is None or not stored.look(
+                    name, pick.address(slot if shifted else 0, sizes[slot], shifted)
+                ):
+                    needed.add(slot)
+            boxes = pick.views.scaled(1 / pick.shrink).boxes
+            pixels = None if shifted or not needed else cut(pick.image, boxes[0])
+            for slot in needed:
+                side = sizes[slot]
+                if slot not in buffers:
+                    buffers[slot] = torch.zeros((count, 3, side, side), dtype=torch.uint8)
+                if pixels is None:
+                    view = render(pick.image, boxes[slot], side, pick.views.flip)
+                    buffers[slot][row].numpy()[:] = view
+                else:
+                    buffers[slot][row] = resize(pixels, side, pick.views.flip)
             if shifted:
-                shifts[:, row] = views.relative_shifts()
-        tensors = {slot: torch.from_numpy(buffer) for slot, buffer in buffers.items()}
+                shifts[:, row] = pick.views.relative_shifts()
+        for slot in slots:
+            rows = count if stored is None else 0  # of views that nobody needs
+            none = (rows, 3, sizes[slot], sizes[slot])
+            buffers.setdefault(slot, torch.zeros(none, dtype=torch.uint8))
         return GroupViews(
-            student=tensors[0],
-            teachers={name: tensors[slots[i + 1]] for i, name in enumerate(names)},
+            student=buffers[0],
+            teachers={name: buffers[slots[i + 1]] for i, name in enumerate(names)},
             shifts={name: torch.from_numpy(shifts[i]) for i, name in enumerate(names)}
             if shifted
             else {},
             keys=tuple(keys),
+            **({} if stored is None else stored.fields()),
         )
 
     def _usable(
-        self, position: int, skipped: Counter[str], bad: list[tuple[str, str]]
-    ) -> tuple[int, Image, np.random.Generator]:
-        """Index, allowed pixels and random numbers of a position's image or its replacement."""
+        self,
+        position: int,
+        group: GroupPlan,
+        skipped: Counter[str],
+        bad: list[tuple[str, str]],
+    ) -> _Pick:
+        """A position's image or its replacement."""
         reasons: Counter[str] = Counter()
         index = self._order.index(position)
         for attempt in range(self.max_attempts):
@@ -208,7 +274,10 @@ class CropStream(Dataset[TrainBatch]):
             if attempt:
                 index = self._order.replacement(position, random)
             try:
-                return index, self._image(index), random
+                if self.fixed_crops:
+                    crop = self._order.epoch(position) % self.fixed_crops
+                    return self._fixed(index, group, crop)
+                return self._cropped(index, group, random)
             except BadImage as error:
                 last = error
                 reasons[error.reason] += 1
@@ -219,31 +288,73 @@ class CropStream(Dataset[TrainBatch]):
             f"one is {self.source.key(index)!r}: {last.detail}; mend the data or loosen the filters"
         )
 
-    def _image(self, index: int) -> Image:
-        """The pixels of an image that training may see, or BadImage."""
+    def _fixed(self, index: int, group: GroupPlan, crop: int) -> _Pick:
+        """A photo's fixed crop; or BadImage."""
+        random = fixed_generator(self.crop_seed, self.source.key(index), crop)
+        pick = self._cropped(index, group, random)
+        try:
+            return pick._replace(file=file_digest(self.source, index))
+        except OSError as error:
+            raise BadImage("unreadable", str(error)) from error
+
+    def _cropped(self, index: int, group: GroupPlan, random: np.random.Generator) -> _Pick:
+        """The pixels of an image that training may see, and boxes in it; or BadImage."""
         if self._duplicate is not None and self._duplicate[index]:
             raise BadImage("duplicate", "the same bytes as an earlier file")
-        image = self.source.image(index, max_pixels=self.max_pixels)
+        picture = self.source.picture(index, max_pixels=self.max_pixels)
+        width, height = picture.width, picture.height
         least = self.filters.min_size
-        if min(image.size) < least:
-            raise BadImage("too_small", f"{image.width} x {image.height} is below {least} pixels")
-        if self.region > 0:
-            # Cut before resizing: a filter near the edge would else look over it.
-            start = region_start(image.width, self.region)
-            if start < 1:
-                raise BadImage("too_small", f"{image.width} pixels wide: no column is left")
-            image = image.crop((0, 0, start, image.height))
-        if self.filters.uniform_std > 0 and _spread(image) < self.filters.uniform_std:
-            raise BadImage("uniform", f"standard deviation {_spread(image):.2f}")
-        return image
+        if min(width, height) < least:
+            raise BadImage("too_small", f"{width} x {height} is below {least} pixels")
+        # Cut before resizing: a filter near the edge would else look over it.
+        end = region_start(width, self.region) if self.region > 0 else width
+        if end < 1:
+            raise BadImage("too_small", f"{width} pixels wide: no column is left")
+        sizes = (group.size, *group.teachers.values())
+        views = draw_views(
+            random,
+            end,
+            height,
+            self.crops,
+            views=len(sizes) if group.shift_std > 0 else 1,
+            shift_std=group.shift_std,
+            grid=max(1, group.size // group.patch_size),
+        )
+        shrink = picture.shrink(min(views.boxes[0][2:]) / max(sizes))
+        if end < width and end % shrink:
+            shrink = 1  # a column would lie on both sides of the edge
+        image = _columns(picture.pixels(shrink), -(-end // shrink))
+        if (least := self.filters.uniform_std) > 0 and (spread := _spread(image)) < least:
+            if shrink > 1:  # fewer pixels vary less
+                spread = _spread(_columns(picture.pixels(), end))
+            if spread < least:
+                raise BadImage("uniform", f"standard deviation {spread:.2f}")
+        return _Pick(self.source.key(index), image, end, shrink, views)
 
 
-def _spread(image: Image) -> float:
+def _columns(image: Image | np.ndarray, count: int) -> Image | np.ndarray:
+    """The first columns of an image."""
+    if isinstance(image, np.ndarray):
+        return image[:, :count]
+    return image if count == image.width else image.crop((0, 0, count, image.height))
+
+
+def _spread(image: Image | np.ndarray) -> float:
     """The largest standard deviation of a colour channel, from at most 64 x 64 of the pixels."""
-    from PIL.Image import Resampling
+    if isinstance(image, np.ndarray):
+        rows, columns = (
+            ((np.arange(count) + 0.5) * (side / count)).astype(np.int64)
+            for side in image.shape[:2]
+            for count in [min(64, side)]
+        )
+        some = image.take(rows, axis=0).take(columns, axis=1)
+    else:
+        from PIL.Image import Resampling
 
-    size = (min(64, image.width), min(64, image.height))
-    return float(np.asarray(image.resize(size, Resampling.NEAREST)).std(axis=(0, 1)).max())
+        size = (min(64, image.width), min(64, image.height))
+        some = np.asarray(image.resize(size, Resampling.NEAREST))
+    # Channel by channel: a deviation over rows of three numbers costs twelve times as much.
+    return float(np.ascontiguousarray(some.reshape(-1, 3).T).std(axis=1).max())
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -1,0 +1,131 @@
+"""An image file that is decoded when its pixels are wanted, and no larger than they are wanted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fastagglo.data.decode import MAX_PIXELS, BadImage, decode, jpeg_header, upright
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+try:
+    import simplejpeg
+except ImportError:  # Pillow decodes to the same pixels, and takes half as long again
+    simplejpeg = None
+
+SHRINKS = (8, 4, 2)
+"""Divisors of a JPEG's sides at which it decodes faster: its transform's finer parts are left out.
+Scales between them cost more than the whole."""
+
+# EXIF and XMP, by which a camera says which side is up. Pillow reads them; most files of a data set
+# have neither, and then need not be opened a second time.
+_ORIENTED = (b"Exif\0\0", b"tiff:Orientation")
+
+
+class Picture:
+    """An upright RGB image: its size at once, its pixels on demand.
+
+    Args:
+        data: the bytes of an image file.
+        max_pixels: the largest width times height that is decoded.
+
+    Attributes:
+        width, height: of the file's pixels, upright.
+
+    Raises:
+        BadImage: "too_large", or "corrupt" as far as the header tells.
+    """
+
+    def __init__(self, data: bytes, *, max_pixels: int = MAX_PIXELS) -> None:
+        self._data = data
+        self._max_pixels = max_pixels
+        self._image: Image | None = None
+        found = _jpeg_header(data)
+        if found is None:  # of other formats Pillow knows no cheaper form
+            self._set(decode(data, max_pixels=max_pixels))
+            return
+        width, height, self._orientation = found
+        if width * height > max_pixels:
+            raise BadImage("too_large", f"{width} x {height} is above {max_pixels} pixels")
+        self.width, self.height = (height, width) if self._orientation > 4 else (width, height)
+
+    @classmethod
+    def of(cls, image: Image) -> Picture:
+        """A decoded image as a picture."""
+        picture = cls.__new__(cls)
+        picture._set(image)
+        return picture
+
+    def _set(self, image: Image) -> None:
+        self._image = image
+        self.width, self.height = image.size
+
+    def shrink(self, most: float) -> int:
+        """The largest divisor up to ``most``, of 8, 4, 2 and 1, that makes decoding cheaper."""
+        if self._image is not None:
+            return 1
+        # Turned or mirrored, a side's last pixel comes first: it must not be one cut short.
+        sides = self.width | self.height if self._orientation > 1 else 0
+        return next((s for s in SHRINKS if s <= most and sides % s == 0), 1)
+
+    def image(self) -> Image:
+        """The pixels (Pillow, RGB). It may be shared: do not change it in place.
+
+        Raises:
+            BadImage: "corrupt".
+        """
+        if self._image is None:
+            self._image = decode(self._data, max_pixels=self._max_pixels)
+        return self._image
+
+    def pixels(self, shrink: int = 1) -> Image | np.ndarray:
+        """The pixels at a scale, in the form that costs least.
+
+        Args:
+            shrink: a divisor that :meth:`shrink` gave, or 1.
+
+        Returns:
+            ``(ceil(height / shrink), ceil(width / shrink), 3)`` uint8, or a Pillow image, RGB, of
+            that size: ``shrink`` by ``shrink`` of the file's pixels make one.
+
+        Raises:
+            BadImage: "corrupt".
+        """
+        if self._image is not None:
+            return self._image
+        if simplejpeg is not None:
+            turned = self._orientation > 4
+            sides = (self.width, self.height) if turned else (self.height, self.width)
+            least = [-(-side // shrink) for side in sides]
+            try:
+                array = simplejpeg.decode_jpeg(
+                    self._data, min_height=least[0], min_width=least[1], min_factor=shrink
+                )
+            except ValueError:  # broken, or of a rare kind that Pillow may know
+                array = None
+            if array is not None and list(array.shape) == [*least, 3]:
+                return array if self._orientation == 1 else _turned(array, self._orientation)
+        return decode(self._data, max_pixels=self._max_pixels, shrink=shrink)
+
+
+def _turned(array: np.ndarray, orientation: int) -> Image:
+    from PIL import Image
+
+    return upright(Image.fromarray(array), orientation)
+
+
+def _jpeg_header(data: bytes) -> tuple[int, int, int] | None:
+    """As ``decode.jpeg_header``, faster for files whose orientation cannot but be 1."""
+    if not data.startswith(b"\xff\xd8"):
+        return None
+    head = data[: data.find(b"\xff\xda")]  # up to the pixels, or to those of a thumbnail in EXIF
+    if simplejpeg is not None and not any(mark in head for mark in _ORIENTED):
+        try:
+            height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
+        except ValueError:
+            return jpeg_header(data)
+        return (width, height, 1) if colours in ("Gray", "RGB", "YCbCr") else None
+    return jpeg_header(data)
