@@ -65,8 +65,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in given:
         if name not in SUITES:
             near = get_close_matches(name, SUITES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            parser.error(f"--suite: no suite {name!r}{hint} There is {', '.join(SUITES)}")
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            parser.error(f"--suite: no suite {name!r}{hint}; there is {', '.join(SUITES)}")
     alone = "--compare" if chosen.compare else "--sweep" if chosen.sweep else None
     if alone:
         parts = [*given, *(["--peers"] if chosen.peers else []), *(["-k"] if chosen.k else [])]
@@ -126,7 +126,9 @@ def _pytest(
     """What pytest-benchmark wrote, or None and an exit status, the reason being printed."""
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
-        command = [sys.executable, "-m", "pytest", *(str(HERE / f"{name}.py") for name in names)]
+        # pytest-benchmark warns that there is nothing to save, which we say ourselves.
+        command = [sys.executable, "-W", "ignore:Not saving anything", "-m", "pytest"]
+        command += [str(HERE / f"{name}.py") for name in names]
         command += ["-qq", "--no-header", "-rN", "--tb=short", "--disable-warnings"]
         command += ["--bench-progress", "--continue-on-collection-errors"]
         command += ["--benchmark-disable-gc", "--benchmark-quiet", f"--benchmark-json={raw}"]

@@ -74,7 +74,7 @@ def _duel(duel: Mapping[str, Any], suite: Mapping[str, Any]) -> list[str]:
     if "gb_s" in first:
         words.append(f"{first['gb_s']:g} GB/s")
     if "roof" in duel:
-        words.append(f"{first['of_roofline']:.0%} of the {duel['roof']['limit']} roof")
+        words.append(f"{100 * first['of_roofline']:.2g} % of the {duel['roof']['limit']} roof")
     done = "" if facts["pass"] in duel["case"] else f", {facts['pass']}"
     lines = [f"  {duel['case']}{done}: {', '.join(words)}"]
     for row in duel["rows"][1:]:
