@@ -181,8 +181,8 @@ def _backward(*arguments: Any) -> list[Tensor]:
                 norm=(means[i], rstds[i], *norm) if activate else None,
                 gelu_in=activate,
                 sums=want[4],
+                dtype=step.weight.dtype,
             )
-            weight = weight.to(step.weight.dtype)
         if want[4]:
             bias = (grad.sum(0, dtype=torch.float32) if bias is None else bias).to(step.bias.dtype)
         results.append([of_x, *of_norm, weight, bias if want[4] else None])

@@ -58,6 +58,19 @@ def runs_of(cells: Tensor, upsample: int, width: int) -> Tensor:
     return runs.transpose(1, 2)
 
 
+def weight_product(grad: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``grad.T @ x``, a weight's gradient, in the dtype of the weight.
+
+    Operands of half precision are multiplied and added up in fp32, and the sum is rounded once if
+    the weight has their dtype. A wider one, as under autocast, gets the sum unrounded on a GPU; on
+    a CPU it gets what PyTorch's autocast gives it, rounded to the operands' dtype. (cuBLAS may add
+    up parts of a sum in half precision where ``torch.backends.cuda.matmul`` allows it.)
+    """
+    if dtype == torch.float32 != x.dtype and not x.is_cpu:
+        return torch.mm(grad.T, x, out_dtype=dtype)
+    return (grad.T @ x).to(dtype)
+
+
 class _Norm:
     """LayerNorm, or nothing, before a GELU."""
 
@@ -194,9 +207,11 @@ def linear_gelu_backward(
             sums.add_product(0, grad, of_x[part])
         if grad_x is not None:
             _product(grad.to(dtype), narrow, grad_x[part])
-    if narrow_grads is not None:
-        sums.add_product(0, narrow_grads, of_x)
-    return grad_x, sums.result(0, weight, wants[1]), sums.result(1, bias, wants[2])
+    if narrow_grads is None:
+        grad_weight = sums.result(0, weight, wants[1])
+    else:
+        grad_weight = weight_product(narrow_grads, of_x, weight.dtype)
+    return grad_x, grad_weight, sums.result(1, bias, wants[2])
 
 
 def norm_gelu_linear(
@@ -301,12 +316,14 @@ def norm_gelu_linear_backward(
         if grad_x is not None:
             grad_x[part] = grad.add_(grad_y[part]) if skip else grad
     if whole:
-        sums.add_product(2, grad_y.to(dtype), acts)
+        grad_weight = weight_product(grad_y.to(dtype), acts, weight.dtype)
+    else:
+        grad_weight = sums.result(2, weight, wants[3])
     grad_bias = None
     if bias is not None and wants[4]:
         grad_bias = runs.sum((0, 1), dtype=wider(grad_y.dtype)).flatten().to(bias.dtype)
     norms = sums.result(0, norm_weight, wants[1]), sums.result(1, norm_bias, wants[2])
-    return grad_x, *norms, sums.result(2, weight, wants[3]), grad_bias
+    return grad_x, *norms, grad_weight, grad_bias
 
 
 def joined(x: Tensor, layers: int) -> bool:
@@ -355,7 +372,7 @@ def shared_linear_backward(
             narrow = weight.to(dtype)
             grad_x = grad @ narrow if grad_x is None else grad_x.addmm_(grad, narrow)
         if wants[1 + i]:
-            grad_weights[i] = (grad.T @ of_x).to(weight.dtype)
+            grad_weights[i] = weight_product(grad, of_x, weight.dtype)
         if bias is not None and wants[1 + count + i]:
             grad_biases[i] = grad.sum(0, dtype=wide).to(bias.dtype)
     return None if grad_x is None else grad_x.to(x.dtype), grad_weights, grad_biases

@@ -1,7 +1,9 @@
 """The Triton path of the fused MLP steps: a fused GEMM, or cuBLAS and one pointwise kernel.
 
 What to compute is said in ``mlp.py``; the kernels and the choice between the two roads are those of
-``kernels/mlp.py``. Arguments and results are those of the functions of ``mlp_torch.py``.
+``kernels/mlp.py``. Arguments and results are those of the functions of ``mlp_torch.py``. A weight's
+gradient is added up in fp32 on either road and comes in the weight's dtype: from the kernel's
+accumulators at once, from cuBLAS as ``weight_product`` says.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from torch import Tensor
 from fastagglo.kernels import mlp as kernel
 from fastagglo.kernels.mlp_pointwise import MOST_CHANNELS
 from fastagglo.kernels.tiles import OLDEST_ARCH, capability
-from fastagglo.ops.mlp_torch import runs_of
+from fastagglo.ops.mlp_torch import runs_of, weight_product
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -99,7 +101,7 @@ def linear_gelu_backward(
         if _fused("weight_grad", x, weight):
             grad_weight, _ = kernel.linear_weight_grad(grad, x, sums=False, dtype=weight.dtype)
         else:
-            grad_weight = (grad.T @ x).to(weight.dtype)
+            grad_weight = weight_product(grad, x, weight.dtype)
     return grad_x, grad_weight, sums.to(bias.dtype) if wants[2] else None
 
 
@@ -206,7 +208,7 @@ def norm_gelu_linear_backward(
             )
         else:
             act = kept if len(kept) else _activated(x, norms, normalise, eps, tanh)[0]
-            grad_weight = (grad.T @ act.to(dtype)).to(weight.dtype)
+            grad_weight = weight_product(grad, act.to(dtype), weight.dtype)
     if wants[4]:
         if grad_bias is None:
             grad_bias = runs_of(grad, *cells).sum((0, 1), dtype=torch.float32).flatten()

@@ -254,6 +254,50 @@ def test_autocast(op: str) -> None:
     assert all(grad.dtype == torch.float32 for grad in found[1:])
 
 
+@pytest.mark.parametrize("parameter", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("op", ["linear_bias_gelu", "gelu_linear_residual", "shared_linear"])
+def test_weight_gradients_are_added_up_in_fp32(op: str, parameter: torch.dtype) -> None:
+    """Of 8,192 rows, one rounding is all that is lost: sums in bf16 would keep no digit."""
+    rows = 8192
+    x = draw(rows, WIDTH, dtype=torch.bfloat16) + 1
+    weight = (draw(OUT, WIDTH) / 4).to(parameter).requires_grad_()
+    upstream = draw(rows, OUT, dtype=torch.bfloat16) + 1
+    with torch.autocast("cpu", torch.bfloat16):
+        if op == "linear_bias_gelu":
+            pre = F.linear(x, weight.detach())
+            slope = torch.autograd.functional.vjp(F.gelu, pre.float(), upstream.float())[1]
+            left, right = slope.bfloat16(), x
+            y = linear_bias_gelu(x, weight)
+        elif op == "gelu_linear_residual":
+            left, right = upstream, F.gelu(x.float()).bfloat16()
+            y = gelu_linear_residual(x, weight)
+        else:
+            left, right = upstream, x
+            (y,) = shared_linear(x, [weight], [None])
+        assert y.dtype == torch.bfloat16
+    y.backward(upstream)
+    exact = left.double().T @ right.double()
+    assert weight.grad.dtype == parameter
+    # bf16 rounds at 2**-8; an fp32 sum of 8,192 terms alike in sign is off by far less.
+    assert ((weight.grad.double() - exact).abs() <= 1.01 * 2**-8 * exact.abs() + 0.05).all()
+
+
+def test_a_wide_weight_gets_its_gradient_unrounded_off_the_cpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On tensors without memory: what the product is asked for."""
+    asked: list[torch.dtype | None] = []
+    mm = torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda *a, **k: (asked.append(k.get("out_dtype")), mm(*a, **k))[1]
+    )
+    grad, x = (torch.empty(9, n, dtype=torch.bfloat16, device="meta") for n in (4, 5))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = mlp_torch.weight_product(grad, x, dtype)
+        assert (found.shape, found.dtype) == ((4, 5), dtype)
+    assert asked == [torch.float32]
+
+
 def test_autocast_leaves_fp64_alone() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         for op in OPS:

@@ -82,6 +82,22 @@ def test_as_exact_as_pytorch(op: str, approximate: str, dtype: torch.dtype, road
     assert_as_exact(found, plain, exact)
 
 
+def test_a_wide_weight_under_autocast(road: str) -> None:
+    """Its gradient is the kernel's fp32 sum, not rounded to fp16 on the way."""
+    x = randn(M, K, seed=0, dtype=torch.float16)
+    weight = randn(N, K, seed=4, dtype=torch.float32, scale=0.2).requires_grad_()
+    upstream = randn(M, N, seed=9, dtype=torch.float16)
+    with torch.autocast(DEVICE, torch.float16), use_backend("triton"):
+        y = ops.gelu_linear_residual(x, weight)
+    y.backward(upstream)
+    assert y.dtype == torch.float16
+    assert weight.grad.dtype == torch.float32
+    exact = upstream.double().T @ torch.nn.functional.gelu(x.float()).half().double()
+    error = (weight.grad - exact).norm() / exact.norm()
+    # Of what is summed some may be rounded to fp16 the other way, GELU's last bit being another.
+    assert error <= (2e-5 if road == "triton" or DEVICE == "cuda" else 2**-11)
+
+
 def test_the_kernels_run(road: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     for name in ("linear", "linear_weight_grad", "linear_input_grad", "norm_gelu_forward"):
