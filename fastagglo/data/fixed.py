@@ -50,7 +50,7 @@ class StoredViews:
 
     def fields(self) -> dict[str, Any]:
         """``addresses``, ``features`` and ``missing`` of the group's ``GroupViews``."""
-        stacked = {name: _stack(rows) for name, rows in self._rows.items()}
+        stacked = {name: stack_features(rows) for name, rows in self._rows.items()}
         return {
             "addresses": {name: tuple(found) for name, found in self._addresses.items()},
             "features": {name: found for name, found in stacked.items() if found is not None},
@@ -129,7 +129,7 @@ def _digest(data: bytes) -> bytes:
     return blake2b(data, digest_size=16).digest()
 
 
-def _stack(rows: Sequence[Features | None]) -> Features | None:
+def stack_features(rows: Sequence[Features | None]) -> Features | None:
     """Features of single views as those of a batch, zeros where a row is None; None if all are."""
     some = next((row for row in rows if row is not None), None)
     if some is None:

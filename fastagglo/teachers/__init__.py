@@ -2,7 +2,7 @@
 
 from fastagglo.teachers.base import Teacher, TeacherSettingError, TeacherSpec, weights_hash
 from fastagglo.teachers.hog import hog
-from fastagglo.teachers.load import load_teacher
+from fastagglo.teachers.load import load_teacher, teacher_files
 
 __all__ = [
     "Teacher",
@@ -10,5 +10,6 @@ __all__ = [
     "TeacherSpec",
     "hog",
     "load_teacher",
+    "teacher_files",
     "weights_hash",
 ]

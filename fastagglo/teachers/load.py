@@ -7,13 +7,15 @@ from pathlib import Path
 import torch
 
 from fastagglo.teachers.base import DTYPES, Teacher, TeacherSettingError
-from fastagglo.teachers.builtin import load_builtin
+from fastagglo.teachers.builtin import EFFICIENTNET_BLOCKS, efficientnet_file, load_builtin
 from fastagglo.teachers.open_clip_models import load_open_clip
 from fastagglo.teachers.timm_models import load_timm
 from fastagglo.teachers.transformers_models import load_transformers
 
 LIBRARIES = {"timm": load_timm, "open_clip": load_open_clip, "transformers": load_transformers}
 SOURCES = ("builtin", *LIBRARIES)
+
+_BUILT_FROM = (".safetensors", ".bin", ".pth", ".pt", ".json")
 
 
 def load_teacher(
@@ -104,3 +106,27 @@ def load_teacher(
             allow_download=allow_download,
         )
     return teacher.to(device)
+
+
+def teacher_files(source: str, model: str, checkpoint: str | Path | None) -> list[Path] | None:
+    """The files on this machine that a teacher is built from, sorted: weights and configurations.
+
+    Returns:
+        None where its library looks them up by a name: they are known once it is loaded.
+    """
+    if source == "builtin":
+        if model not in EFFICIENTNET_BLOCKS:
+            return []  # made of code alone
+        return [efficientnet_file(model, model, checkpoint)]
+    places = [Path(p).expanduser() for p in (checkpoint, model) if p is not None]
+    if checkpoint is None and source != "transformers":
+        return None
+    if not places[0].exists():
+        return None
+    found: set[Path] = set()
+    for place in places:
+        if place.is_file():
+            found |= {place, *place.parent.glob("*.json")}
+        elif place.is_dir():
+            found |= {p for p in place.iterdir() if p.is_file() and p.suffix in _BUILT_FROM}
+    return sorted(found)

@@ -139,6 +139,10 @@ class DataSettings:
     """Photos whose pixel values deviate less than this (of 255) are skipped as uniform."""
     drop_duplicates: bool = False
     """Skip files with equal bytes; reads each file once at the start."""
+    crops_per_photo: int = 0
+    """Each photo shows so many crops, the same in every run, one an epoch; 0 draws all anew."""
+    crop_seed: int = 0
+    """Of these fixed crops; the run's own seed does not move them."""
     max_bad_share: float = 0.1
     """A larger share of unreadable images stops the run."""
     workers: int = 0
@@ -218,6 +222,20 @@ class DistillSettings:
 
 
 @dataclass(frozen=True)
+class CacheSettings:
+    """Teacher features kept on disk, so that later epochs and students skip the teachers."""
+
+    __pydantic_config__ = _STRICT
+
+    folder: str | None = None
+    """Where they are; any number of runs may share it. Needs data.crops_per_photo."""
+    storage: Literal["teacher", "bfloat16", "float16", "int8"] = "teacher"
+    """teacher keeps each teacher's own dtype, bit by bit; int8 scales each channel of an image."""
+    store: bool = True
+    """Add what is missing; without it the folder is only read."""
+
+
+@dataclass(frozen=True)
 class EvalSettings:
     """Held-out figures and pictures."""
 
@@ -275,6 +293,7 @@ class RunConfig:
     stages: tuple[StageSettings, ...] = (StageSettings(),)
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
     distill: DistillSettings = field(default_factory=DistillSettings)
+    cache: CacheSettings = field(default_factory=CacheSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     log: LogSettings = field(default_factory=LogSettings)
 
@@ -393,6 +412,17 @@ def check_config(config: RunConfig) -> None:
     in_range("data.uniform_std", data.uniform_std, 0, 255)
     in_range("data.holdout_photos", data.holdout_photos or 0, 0, 0.9)
     in_range("data.holdout_region", data.holdout_region, 0, 0.9)
+    in_range("data.crops_per_photo", data.crops_per_photo, 0)
+    in_range("data.crop_seed", data.crop_seed, 0)
+    if config.cache.folder == "":
+        refuse("cache.folder", "", "give a folder, or leave it out")
+    if config.cache.folder is not None and data.crops_per_photo == 0:
+        refuse(
+            "data.crops_per_photo",
+            0,
+            "with cache.folder it must be at least 1, e.g. 4: of crops that are drawn anew none "
+            "comes twice",
+        )
     in_range("data.max_bad_share", data.max_bad_share, 0, 1)
     in_range("data.workers", data.workers, 0)
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:

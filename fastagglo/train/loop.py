@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from fastagglo.data import CropStream, Filters, SkipCounter, TrainBatch, build_source, make_loader
-from fastagglo.data import split as split_source
+from fastagglo.data import GroupViews, SkipCounter, TrainBatch, make_loader
 from fastagglo.distill import Distiller, DistillOutput, Matching, make_ema
 from fastagglo.errors import UserError
 from fastagglo.features import Features
@@ -30,10 +29,12 @@ from fastagglo.model import (
 )
 from fastagglo.teachers import Teacher
 from fastagglo.train import run_folder
+from fastagglo.train.cache import FeatureCache
 from fastagglo.train.checkpoint import FORMAT, damaged, load_checkpoint, save_checkpoint
 from fastagglo.train.config import EMA_VIEW, RunConfig, TeacherSettings
 from fastagglo.train.distributed import all_agree, is_main, rank_and_world
 from fastagglo.train.evaluation import HeldOut, write_outcome
+from fastagglo.train.inputs import crop_stream, load_split
 from fastagglo.train.optim import build_optimiser, forget, set_learning_rate
 from fastagglo.train.recipe import save_config
 from fastagglo.train.schedule import Planner, eval_steps, learning_rate
@@ -101,7 +102,8 @@ class Trainer:
         self.rank, self.world = rank_and_world()
         torch.set_num_threads(config.threads or torch.get_num_threads())
         _seed(config.seed, 0, 0)
-        self.teachers = load_teachers(config, device)
+        self.cache = FeatureCache(config, device) if config.cache.folder else None
+        self.teachers = load_teachers(config, device) if self.cache is None else self.cache.teachers
         self._check_widths()
         widths = {n: (t.spec.summary, t.spec.spatial) for n, t in self.teachers.items()}
         try:
@@ -130,23 +132,17 @@ class Trainer:
             self.distiller.heads_are_in_teacher_space(self.warm_start.copied)
         self.ema = make_ema(student, config.distill.ema_decay) if config.distill.ema_decay else None
         self.optimiser = build_optimiser(student, self.distiller.balancer, config.optimiser)
-        data = config.data
-        weights = data.weights or (1.0,) * len(data.images)
-        mixture = list(zip(data.images, weights, strict=True))
-        source = build_source(mixture if len(mixture) > 1 else data.images[0])
-        self.data = split_source(source, photos=data.holdout_photos, region=data.holdout_region)
-        self.stream = CropStream(
-            self.data.train,
+        self.data = load_split(config)
+        self.stream = crop_stream(
+            config,
+            self.data,
             self.planner,
-            seed=config.seed,
             rank=self.rank,
             world=self.world,
-            scale=data.crop_scale,
-            region=data.holdout_region,
-            filters=Filters(data.min_size, data.uniform_std, data.drop_duplicates),
+            reader=None if self.cache is None else self.cache.reader,
         )
         self.held_out = HeldOut(config, self.data, self.planner)
-        self.skips = SkipCounter(limit_fraction=data.max_bad_share)
+        self.skips = SkipCounter(limit_fraction=config.data.max_bad_share)
         self.step, self.bad_steps = 0, 0
         self.stop_requested = False
         self._frozen: bool | None = None
@@ -199,6 +195,8 @@ class Trainer:
                     saved = self._save(folder)
             if saved != self.step:
                 self._save(folder)
+            if self.cache is not None:
+                self.telemetry.event("cache", step=self.step, **self.cache.counts())
             finished = self.step == total
             if finished and total in eval_steps(config):
                 self._evaluate()
@@ -229,7 +227,7 @@ class Trainer:
                     raise UserError(f"setting data.max_bad_share: {error}") from error
                 batch = batch.to(self.device)
             with telemetry.phase("teachers"):
-                targets = teacher_features(self.teachers, batch.groups, config.teachers)
+                targets = self._targets(batch.groups)
                 bad = [name for name, ok in finite_teachers(targets).items() if not ok]
             finite = all_agree(not bad, self.device)
             # Not observed if not finite; yet this may be the step that ends a fit.
@@ -270,6 +268,11 @@ class Trainer:
             grad_norm=norm,
             skipped=dict(self.skips.counts),
         )
+
+    def _targets(self, groups: Sequence[GroupViews]) -> list[dict[str, Features]]:
+        if self.cache is not None:
+            return self.cache.features(groups)
+        return teacher_features(self.teachers, groups, self.config.teachers)
 
     def _tokens(self, batch: TrainBatch) -> int:
         student = self.distiller.student.config
@@ -365,6 +368,8 @@ class Trainer:
 
     def _save(self, folder: Path) -> int:
         self.distiller.gather_statistics()
+        if self.cache is not None:
+            self.cache.flush()
         if is_main():
             save_checkpoint(self._state(), folder)
         return self.step

@@ -6,6 +6,8 @@ the step number to go on as if it had never stopped.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 
@@ -93,6 +95,20 @@ class Planner:
     def eval_group(self, size: int, count: int = 8) -> GroupPlan:
         """Plan of held-out images at one resolution: no shift, each teacher's first size."""
         return self._group(size, count, dict.fromkeys(self.specs, 0.0), shift_std=0.0)
+
+    def crop_plans(self) -> list[GroupPlan]:
+        """Plans of one image that together show all that the teachers see in training: every
+        resolution of the stages with every size of each teacher, shifts as in the run."""
+        config, names = self.config, list(self.specs)
+        sizes = sorted({s for stage in config.stages for g in stage.groups for s in g.sizes})
+        plans = []
+        for size in sizes:
+            plan = self._group(size, 1, dict.fromkeys(names, 0.0), config.distill.shift_std)
+            # All combinations: at which scale a photo is decoded depends on the largest view.
+            for choice in itertools.product(*(self.teacher_sizes(n, size) for n in names)):
+                teachers = {**plan.teachers, **dict(zip(names, choice, strict=True))}
+                plans.append(dataclasses.replace(plan, teachers=teachers))
+        return plans
 
     def _group(
         self, size: int, count: int, draws: Mapping[str, float], shift_std: float

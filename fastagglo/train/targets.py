@@ -16,19 +16,21 @@ from fastagglo.train.config import RunConfig, TeacherSettings
 
 def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]:
     """Build every teacher of a run, in the recipe's order."""
-    teachers = {}
-    for name, settings in config.teachers.items():
-        teachers[name] = load_teacher(
-            settings.source,
-            settings.model,
-            name=name,
-            checkpoint=settings.checkpoint,
-            layer=settings.layer,
-            dtype=getattr(torch, settings.dtype),
-            device=device,
-            summary=settings.summary_weight > 0,
-        )
-    return teachers
+    return {n: load_one_teacher(n, t, device) for n, t in config.teachers.items()}
+
+
+def load_one_teacher(name: str, settings: TeacherSettings, device: torch.device) -> Teacher:
+    """Build the teacher that a recipe calls ``name``."""
+    return load_teacher(
+        settings.source,
+        settings.model,
+        name=name,
+        checkpoint=settings.checkpoint,
+        layer=settings.layer,
+        dtype=getattr(torch, settings.dtype),
+        device=device,
+        summary=settings.summary_weight > 0,
+    )
 
 
 def teacher_features(

@@ -1,0 +1,52 @@
+"""The photos and crops that a run's settings ask for."""
+
+from __future__ import annotations
+
+from fastagglo.data import CropStream, Filters, Split, build_source
+from fastagglo.data import split as split_source
+from fastagglo.data.fixed import FeatureReader
+from fastagglo.train.config import RunConfig
+from fastagglo.train.schedule import Planner
+
+
+def load_split(config: RunConfig) -> Split:
+    """All photos of a run, in their training and held-out parts."""
+    data = config.data
+    weights = data.weights or (1.0,) * len(data.images)
+    mixture = list(zip(data.images, weights, strict=True))
+    source = build_source(mixture if len(mixture) > 1 else data.images[0])
+    return split_source(source, photos=data.holdout_photos, region=data.holdout_region)
+
+
+def crop_stream(
+    config: RunConfig,
+    data: Split,
+    planner: Planner,
+    *,
+    rank: int,
+    world: int,
+    reader: FeatureReader | None = None,
+) -> CropStream:
+    """The training crops of one rank.
+
+    Args:
+        config: the run.
+        data: of `load_split`.
+        planner: of each step.
+        rank, world: this process among all.
+        reader: gives stored features of fixed crops.
+    """
+    settings = config.data
+    return CropStream(
+        data.train,
+        planner,
+        seed=config.seed,
+        rank=rank,
+        world=world,
+        scale=settings.crop_scale,
+        region=settings.holdout_region,
+        filters=Filters(settings.min_size, settings.uniform_std, settings.drop_duplicates),
+        fixed_crops=settings.crops_per_photo,
+        crop_seed=settings.crop_seed,
+        reader=reader,
+    )
