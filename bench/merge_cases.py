@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Case:
         protect: leading tokens (CLS, registers).
         heads: keys of as many heads, of 64 channels each, are compared; 0: the tokens themselves.
         backward: with the gradient of the tokens.
+        size: bytes of an element.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Case:
     protect: int = 0
     heads: int = 0
     backward: bool = False
+    size: int = 4
 
     @property
     def tokens(self) -> int:
@@ -59,6 +62,13 @@ class Case:
         return 2 * self.images * sources * self.destinations * self.compared
 
     @property
+    def bytes(self) -> int:
+        """Of tokens and keys, read, and what is left, written; with the backward the gradient."""
+        read = self.tokens * (self.channels + 64 * self.heads)
+        written = (self.keep + self.tokens * self.backward) * self.channels
+        return self.images * (read + written) * self.size
+
+    @property
     def id(self) -> str:
         return f"{self.name}-{self.images}{'-backward' * self.backward}"
 
@@ -70,9 +80,26 @@ class Case:
 
     @property
     def peers(self) -> tuple[str, ...]:
-        """Who takes part, by name in ``merge_peers.PEERS``: no windows with a protected token."""
-        windows = () if self.protect else ("unshuffle", "bicubic")
-        return ("fastagglo", "eager", *windows, *(() if self.backward else ("product",)))
+        """Who takes part beside us, by name in ``merge_peers.PEERS``.
+
+        No windows with a protected token; nothing to unmerge from the product alone.
+        """
+        windows = () if self.protect else ("tomesd", "unshuffle", "bicubic")
+        return ("eager", *windows, *(() if self.backward else ("product",)))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What the results say of a case."""
+        return {
+            "label": self.label,
+            "partition": self.partition,
+            "stride": None if self.partition == "alternate" else self.stride,
+            "protect": self.protect,
+            "metric": f"keys of {self.heads} heads, averaged" if self.heads else "the tokens",
+            "pass": "forward+backward" if self.backward else "forward",
+            "flops": self.flops,
+            "bytes": self.bytes,
+        }
 
 
 def bridge(images: int, side: int, channels: int, tokens: int, step: int) -> Case:
@@ -92,7 +119,7 @@ def layer(images: int, side: int, heads: int, merged: int) -> Case:
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """What each peer is timed on, on ``"cuda"`` or ``"cpu"``; the first has the targets."""
+    """What is measured on ``"cuda"`` or ``"cpu"``."""
     if quick:
         found = [bridge(2, 12, 32, 16, 3), halved(2, 8, 32), layer(2, 7, 2, 8)]
     elif device == "cpu":
@@ -101,4 +128,5 @@ def cases(device: str, quick: bool) -> list[Case]:
     else:
         found = [bridge(8, 72, 1280, 256, 5), bridge(32, 32, 1024, 256, 2)]
         found += [halved(8, 72, 1280), layer(64, 24, 16, 64), bridge(2, 128, 1280, 256, 8)]
+    found = [replace(case, size=4 if device == "cpu" else 2) for case in found]
     return found + [replace(case, backward=True) for case in found]

@@ -1,22 +1,23 @@
 """The ways to have fewer tokens: ours, merging as one writes it from the papers, and windows.
 
-"eager" merges as we do and is compared with us; "unshuffle" and "bicubic" do another job, for as
-many tokens or the nearest number that their windows give; "product" is the matrix product of
-sources and destinations alone, from operands that are ready: no way to choose by all similarities
-takes less. Index tensors and grids are made before the clock starts.
+"eager" and "tomesd" merge as we do and are compared with us; "unshuffle" and "bicubic" do another
+job, for as many tokens or the nearest number that their windows give; "product" is the matrix
+product of sources and destinations alone, from operands that are ready: no way to choose by all
+similarities takes less. Index tensors and grids are made before the clock starts.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.attention_peers import Unavailable
+from bench.engine import Unavailable
 from bench.merge_cases import Case
 from fastagglo.ops import merge_tokens, unmerge_tokens, use_backend
 
@@ -72,12 +73,14 @@ class Run:
         merge: from x to fewer tokens, their sizes, and how to spread tokens over those that they
             were merged from; None if the peer does not merge.
         constants: what it reads beside x and keys.
+        info: nothing.
     """
 
     batch: Batch
     shrink: Shrink
     merge: Callable[[Tensor], tuple[Tensor, Tensor, Spread]] | None = None
     constants: tuple[Tensor, ...] = ()
+    info: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def input_bytes(self) -> int:
@@ -92,8 +95,13 @@ class Run:
             return out
         return (*out, *torch.autograd.grad(out[0], x, torch.ones_like(out[0])))
 
-    def results(self) -> list[Tensor]:
-        """By original token: the merged one, (N, L, C), its size, (N, L), and the gradient of x."""
+    def results(self) -> dict[str, Tensor]:
+        """By original token: the merged one, (N, L, C), its size, (N, L), and the gradient of x.
+
+        Nothing of a peer that does not merge.
+        """
+        if self.merge is None:
+            return {}
         x = self.batch.x.detach().requires_grad_()
         merged, size, spread = self.merge(x)
         random = torch.Generator(x.device).manual_seed(1)
@@ -101,16 +109,7 @@ class Run:
         tokens = spread(merged)
         (gradient,) = torch.autograd.grad(tokens, x, upstream)
         sizes = spread(size[..., None])[..., 0]
-        return [tokens.detach(), sizes, gradient]
-
-
-def prepare(name: str, batch: Batch) -> Run:
-    """The peer ``name`` of :data:`PEERS`, ready to run the batch.
-
-    Raises:
-        Unavailable: it cannot run the case.
-    """
-    return PEERS[name][1](batch)
+        return {"tokens": tokens.detach(), "sizes": sizes, "gradient": gradient}
 
 
 def _fastagglo(batch: Batch) -> Run:
@@ -180,6 +179,30 @@ def _eager(batch: Batch) -> Run:
     return Run(batch, lambda x: merge(x)[:2], merge)
 
 
+def _tomesd(batch: Batch) -> Run:
+    """ToMe for Stable Diffusion, with the same destinations: the first token of each window."""
+    case = batch.case
+    (h, w), (rows, columns) = case.grid, case.stride
+    if h % rows or w % columns:
+        raise Unavailable(f"its windows of {rows} x {columns} do not divide a grid of {h} x {w}")
+    try:
+        from tomesd.merge import bipartite_soft_matching_random2d
+    except ImportError:
+        raise Unavailable("tomesd is not installed: pip install tomesd") from None
+
+    def matched(x: Tensor) -> tuple[Callable[..., Tensor], Spread]:
+        return bipartite_soft_matching_random2d(
+            x.detach(), w, h, columns, rows, case.tokens - case.keep, no_rand=True
+        )
+
+    def merge(x: Tensor) -> tuple[Tensor, Tensor, Spread]:
+        mean, spread = matched(x)
+        sizes = mean(torch.ones_like(x[..., :1]), mode="sum")
+        return mean(x), sizes[..., 0], spread
+
+    return Run(batch, lambda x: (matched(x)[0](x),), merge)
+
+
 def _unshuffle(batch: Batch) -> Run:
     """Windows side by side in the channels: C times the cells of a window, for fewer tokens."""
     case = batch.case
@@ -220,6 +243,7 @@ def _product(batch: Batch) -> Run:
 PEERS: dict[str, tuple[str, Callable[[Batch], Run]]] = {
     "fastagglo": ("fastagglo", _fastagglo),
     "eager": ("eager, from the papers", _eager),
+    "tomesd": ("tomesd, without its random choice", _tomesd),
     "unshuffle": ("pixel unshuffle", _unshuffle),
     "bicubic": ("bicubic downsampling", _bicubic),
     "product": ("the matching product alone", _product),

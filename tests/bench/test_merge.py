@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
+import types
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from bench import merge, merge_peers, plots, report
-from bench.attention_peers import Unavailable
+from bench import engine, merge_peers
+from bench.engine import OURS, Results, Unavailable, ready
 from bench.measure import peak_memory
-from bench.merge import checked, compare, facts
+from bench.merge import SUITE, WINDOWS, compare
 from bench.merge_cases import Case, bridge, cases, halved, layer
-from bench.merge_peers import PEERS, Batch, prepare
+from bench.merge_peers import PEERS, Batch, Run
 from fastagglo.ops.partition import plan_rounds
 
-ROOT = Path(__file__).parents[2]
-WORDS = {name: words for name, (words, _) in PEERS.items()}
 SMALL = (
     bridge(2, 12, 24, 16, 3),
     Case("oblong", 2, (6, 9), 20, 13, stride=(3, 3)),
@@ -34,34 +28,93 @@ SMALL = (
 
 @pytest.fixture(autouse=True)
 def _on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(merge, "DEVICE", "cpu")
+    monkeypatch.setattr(engine, "DEVICE", "cpu")
     monkeypatch.delenv("FASTAGGLO_BACKEND", raising=False)
-    merge.ours.cache_clear()
 
 
+def prepare(name: str, batch: Batch) -> Run:
+    return PEERS[name][1](batch)
+
+
+def ours(batch: Batch) -> Results:
+    return prepare(OURS, batch).results()
+
+
+def stand_in(metric, w, h, sx, sy, r, no_rand=False, generator=None):
+    """tomesd's function as its docstring has it, without the random choice."""
+    assert no_rand
+    n, rows = len(metric), torch.arange(h * w).view(h, w)
+    b = rows[::sy, ::sx].flatten()
+    a = rows.flatten()[~torch.isin(rows.flatten(), b)]
+    unit = torch.nn.functional.normalize(metric, dim=-1)
+    best, into = (unit[:, a] @ unit[:, b].mT).max(-1)
+    order = best.argsort(-1, descending=True)
+    owner = torch.arange(h * w).repeat(n, 1)  # of each token: where it went
+    for i in range(n):
+        owner[i, a[order[i, :r]]] = b[into[i, order[i, :r]]]
+    left = [torch.cat([a[order[i, r:]], b]) for i in range(n)]
+
+    def merge(x, mode="mean"):
+        out = []
+        for i in range(n):
+            member = (left[i][:, None] == owner[i]).to(x.dtype)
+            total = member.sum(1, keepdim=True) if mode == "mean" else 1
+            out.append(member @ x[i] / total)
+        return torch.stack(out)
+
+    def unmerge(x):
+        members = ((left[i] == owner[i][:, None]).to(x.dtype) for i in range(n))
+        return torch.stack([member @ x[i] for i, member in enumerate(members)])
+
+    return merge, unmerge
+
+
+@pytest.fixture
+def tomesd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library itself where it is installed."""
+    try:
+        import tomesd.merge  # noqa: F401
+    except ImportError:
+        module = types.ModuleType("tomesd.merge")
+        module.bipartite_soft_matching_random2d = stand_in
+        monkeypatch.setitem(sys.modules, "tomesd", types.ModuleType("tomesd"))
+        monkeypatch.setitem(sys.modules, "tomesd.merge", module)
+
+
+@pytest.mark.usefixtures("tomesd")
 @pytest.mark.parametrize("backward", [False, True])
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
-def test_peers_run_and_the_eager_form_agrees(case: Case, backward: bool) -> None:
-    case = replace(case, backward=backward)
-    counts = {}
-    for peer in case.peers:
-        run, memory, seconds = checked(case, peer)
+def test_peers_run_and_who_merges_agrees(case: Case, backward: bool) -> None:
+    batch = Batch.of(replace(case, backward=backward), "cpu")
+    expected, counts = ours(batch), {}
+    for peer in (OURS, *batch.case.peers):
+        run, row, seconds = ready(SUITE, peer, batch, expected)
         out, *rest = run()
         counts[peer] = out.shape[1]
         assert out.shape[0] == case.images
-        assert memory > 0
+        assert row["memory_bytes"] > 0
         assert seconds > 0
+        assert bool(run.results()) == (peer not in WINDOWS)
         if backward:
             assert rest[-1].shape == run.batch.x.shape
             assert not rest[-1].requires_grad
         else:
             assert not out.requires_grad
-        assert run.input_bytes >= run.batch.x.nbytes
-    assert counts["fastagglo"] == counts["eager"] == case.keep
+        assert row["input_bytes"] >= run.batch.x.nbytes
+    assert counts[OURS] == counts["eager"] == counts.get("tomesd", case.keep) == case.keep
     if "bicubic" in counts:
         assert abs(counts["bicubic"] - case.keep) <= 2
         # A grid of 6 x 9 has windows of 3 x 3 alone: 6 tokens for 13.
         assert 1 / 2.5 <= counts["unshuffle"] / case.keep <= 2.5
+
+
+def test_tomesd_is_absent_where_it_is_or_its_windows_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = Batch.of(SMALL[0], "cpu")
+    monkeypatch.setitem(sys.modules, "tomesd.merge", None)
+    with pytest.raises(Unavailable, match="not installed: pip install tomesd"):
+        prepare("tomesd", batch)
+    with pytest.raises(Unavailable, match="5 x 5 do not divide a grid of 12 x 12"):
+        prepare("tomesd", Batch.of(bridge(2, 12, 24, 16, 5), "cpu"))
 
 
 def test_every_token_agrees_in_fp64() -> None:
@@ -70,9 +123,9 @@ def test_every_token_agrees_in_fp64() -> None:
         batch = Batch.of(case, "cpu")
         keys = None if batch.keys is None else batch.keys.double()
         batch = replace(batch, x=batch.x.double(), keys=keys)
-        ours, theirs = (prepare(name, batch).results() for name in ("fastagglo", "eager"))
-        for a, b in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+        expected, found = ours(batch), prepare("eager", batch).results()
+        for name, right in expected.items():
+            torch.testing.assert_close(found[name], right, rtol=1e-12, atol=1e-12)
 
 
 def test_unshuffle_keeps_windows_together() -> None:
@@ -87,38 +140,29 @@ def test_unshuffle_keeps_windows_together() -> None:
 
 def test_a_wrong_peer_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = Batch.of(SMALL[0], "cpu")
-    own, x = prepare("fastagglo", batch).results(), batch.x.detach()
-    compare("p", own, own, x)
-    for number, name in enumerate(("tokens", "sizes", "gradient")):
-        wrong = [y.clone() for y in own]
-        wrong[number][0, :5] *= 1.001  # five of 288 tokens
+    own = ours(batch)
+    compare("p", own, own, batch)
+    for name in ("tokens", "sizes", "gradient"):
+        wrong = own[name].clone()
+        wrong[0, :5] *= 1.001  # five of 288 tokens
         with pytest.raises(AssertionError, match=f"p: only .* of its {name} agree"):
-            compare("p", wrong, own, x)
-    low = [[y.bfloat16() for y in (own[0] + shift, *own[1:])] for shift in (0, 0.2)]
-    compare("p", low[0], low[0], x.bfloat16())
+            compare("p", own | {name: wrong}, own, batch)
+    with pytest.raises(AssertionError, match="p: "):
+        compare("p", {}, own, batch)
+    low = replace(batch, x=batch.x.bfloat16())
+    near, far = ({"tokens": (own["tokens"] + shift).bfloat16()} for shift in (0, 0.2))
+    compare("p", near, near, low)
     with pytest.raises(AssertionError, match="off our distance"):
-        compare("p", low[1], low[0], x.bfloat16())
+        compare("p", far, near, low)
 
-    def unweighted(batch: Batch) -> Any:
+    def unweighted(batch: Batch) -> Run:
         run = eager(batch)
         return replace(run, merge=lambda x: (2 * (found := run.merge(x))[0], *found[1:]))
 
     eager = merge_peers._eager
     monkeypatch.setitem(PEERS, "eager", ("eager", unweighted))
     with pytest.raises(AssertionError, match="eager: "):
-        checked(SMALL[0], "eager")
-
-
-def test_a_peer_that_fails_is_skipped_without_paths(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(*_: Any) -> None:
-        raise RuntimeError("nothing in /usr/lib/here at all\nand more")
-
-    monkeypatch.setitem(PEERS, "bicubic", ("bicubic", fails))
-    with pytest.raises(Unavailable, match=r"^RuntimeError: nothing in here at all$"):
-        checked(SMALL[0], "bicubic")
-    monkeypatch.setitem(PEERS, "fastagglo", ("fastagglo", fails))
-    with pytest.raises(RuntimeError):  # ours may not
-        checked(SMALL[1], "fastagglo")
+        ready(SUITE, "eager", batch, own)
 
 
 @pytest.mark.parametrize("name", ["bridge", "half"])
@@ -166,8 +210,12 @@ def test_selections(device: str) -> None:
         assert {case.name for case in chosen} == {"bridge", "half", "layer"}
         for case in chosen:
             assert replace(case, backward=not case.backward) in chosen
+            assert "eager" in case.peers
             assert set(case.peers) <= set(PEERS)
-    assert set(cases(device, False)[0].peers) == set(PEERS)
+            assert case.size == (4 if device == "cpu" else 2)
+    assert {OURS, *cases(device, False)[0].peers} == set(PEERS)
+    peers = {case.id: case.peers for case in cases("cpu", False)}
+    assert all(peer in peers[case] for case, peer in SUITE.goals)
     assert cases(device, False)[0].label.endswith("x72x72x1280 -> 256")
 
 
@@ -182,63 +230,12 @@ def test_flops_are_those_of_the_first_round(case: Case) -> None:
 
 
 def test_facts() -> None:
-    found = facts(replace(SMALL[3], backward=True))
+    found = replace(SMALL[3], backward=True).facts
     assert found["metric"] == "keys of 2 heads, averaged"
     assert found["pass"] == "forward+backward"
     assert found["stride"] is None
-    assert facts(SMALL[0])["stride"] == (3, 3)
-    assert facts(SMALL[0])["flops"] == 2 * 2 * 128 * 16 * 24
-
-
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_results_by_hand(device: str, tmp_path: Path) -> None:
-    entries = []
-    for case in cases(device, False):
-        common = {"case": case.id, "facts": facts(case), "repeats": 2}
-        common |= {"memory_bytes": 1e8, "input_bytes": 1e8}
-        stats = {"data": [0.01, 0.02, 0.04]}
-        for peer in case.peers:
-            entries.append({"extra_info": {**common, "peer": peer}, "stats": stats})
-        rival = {"memory_bytes": 8e8, "input_bytes": 1e8, "seconds": [0.04, 0.08, 0.16]}
-        rivals = dict.fromkeys(case.peers[1:], rival)
-        info = {**common, "peer": "fastagglo", "rivals": rivals, "absent": {}}
-        entries.append({"extra_info": info, "stats": stats})
-    where = {"device": "CPU", "cpu": "one", "threads": 2, "torch": "2", "commit": "abc1234"}
-    outcomes = {"skipped": {}, "failed": []}
-    raw = {"benchmarks": entries, "bench": outcomes, "machine_info": {"bench": where}}
-    found = report.condense(raw, "merge", "python -m bench merge", WORDS)
-    first = cases(device, False)[0]
-    assert found["rows"][0]["tflops"] == float(f"{first.flops / 0.01 / 1e12:.4g}")
-    text = report.summary(found, {(first.id, "eager"): 1.0}, {(first.id, "eager"): 0.15})
-    (line,) = (line for line in text.splitlines() if "target" in line)
-    assert line.split()[-6:] == ["0.125", "0.222", "target", "1,", "memory", "0.15"]
-    path, picture = tmp_path / "merge.json", tmp_path / "merge.svg"
-    report.write(found, path)
-    assert json.loads(path.read_text()) == json.loads(json.dumps(found))
-    plots.draw(found, picture)
-    drawn = picture.read_text()
-    for words in (*WORDS.values(), "Forward: peak memory", "72x72x1280 → 256"):
-        assert words == "fastagglo" or words in drawn
-    assert picture.stat().st_size <= 300_000
-
-
-def test_the_command(tmp_path: Path) -> None:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run(
-        [sys.executable, "-m", "bench", "merge", "--quick", "--out", str(tmp_path)],
-        cwd=ROOT,
-        env=clean | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    text = (tmp_path / "merge-cpu.json").read_text()
-    assert str(ROOT) not in text
-    found = json.loads(text)
-    assert found["failed"] == found["skipped"] == []
-    assert {row["peer"] for row in found["rows"]} == set(PEERS)
-    assert len(found["duels"]) == len(cases("cpu", True))
-    assert all(not duel["absent"] for duel in found["duels"])
-    assert (tmp_path / "merge-cpu.svg").is_file()
+    read, written = 26 * (128 + 128), (17 + 26) * 128
+    assert found["bytes"] == 4 * 2 * (read + written)
+    assert SMALL[0].facts["stride"] == (3, 3)
+    assert SMALL[0].facts["flops"] == 2 * 2 * 128 * 16 * 24
+    assert SMALL[0].facts["bytes"] == 4 * 2 * 24 * (144 + 16)
