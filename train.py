@@ -7,6 +7,7 @@
     python train.py --resume runs/demo             # go on with an interrupted run
     torchrun --nproc-per-node 8 train.py --recipe radio-v2.5-b    # one process per GPU
     python train.py plan --recipe radio-v2.5-h --gpus 256 --gpu h100    # what it will cost
+    python train.py cache --cache.folder features --data.crops-per-photo 4   # teachers run once
 
 The road from here: `fastagglo.train.recipe` reads the configuration, `fastagglo.train.loop.Trainer`
 builds student, teachers and data and runs the steps, `fastagglo.distill.Distiller` computes the
@@ -17,7 +18,6 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
 
 # Before torch loads OpenMP: its threads would otherwise spin while they wait for one another, and
 # where anything else wants a core (a browser, a second run) spinning makes a step 5 times slower.
@@ -31,6 +31,7 @@ from fastagglo.train import (
     process_group,
     run_folder,
 )
+from fastagglo.train.cache_command import main as cache
 from fastagglo.train.distributed import is_main
 from fastagglo.train.plan_command import main as plan
 
@@ -40,10 +41,13 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["plan"]:
         plan(arguments[1:])
         return 0
+    if arguments[:1] == ["cache"]:
+        cache(arguments[1:])
+        return 0
     config = parse_arguments(arguments)
     device = choose_device(config.device)
     with process_group(device):
-        resume = Path(config.resume) if config.resume else None
+        resume = run_folder.to_resume(config)
         trainer = Trainer(config, device, resume)
         claim = run_folder.claim if is_main() else run_folder.folder_of
         folder = resume or claim(config)

@@ -6,7 +6,9 @@ import shutil
 from pathlib import Path
 
 from fastagglo.errors import UserError
+from fastagglo.train.checkpoint import FILE_NAME
 from fastagglo.train.config import RunConfig
+from fastagglo.train.distributed import restarted
 from fastagglo.train.recipe import CONFIG_FILE
 
 METRICS = "metrics.jsonl"
@@ -15,7 +17,7 @@ AVERAGE = "student-average"
 PICTURES = "pictures"
 REPORT = "report.html"
 TENSORBOARD = "tensorboard"
-_OURS = (CONFIG_FILE, METRICS, STUDENT, AVERAGE, PICTURES, REPORT, TENSORBOARD, "checkpoint.pt")
+_OURS = (CONFIG_FILE, METRICS, STUDENT, AVERAGE, PICTURES, REPORT, TENSORBOARD, FILE_NAME)
 
 # Settings that say where and how fast a run goes, not what it computes; all others must agree
 # between a checkpoint and the run that goes on from it.
@@ -25,6 +27,18 @@ _FREE = ("recipe", "out", "resume", "overwrite", "device", "threads", "log", "da
 def folder_of(config: RunConfig) -> Path:
     """Where a run is written."""
     return Path(config.out or Path("runs") / Path(config.recipe).stem)
+
+
+def to_resume(config: RunConfig) -> Path | None:
+    """The folder of the run to go on with, or None for a new run.
+
+    It is the one that the user names, or after torchrun has started all ranks again (a rank died,
+    ``--max-restarts``) that of this very run, if it has come to a checkpoint.
+    """
+    if config.resume:
+        return Path(config.resume)
+    folder = folder_of(config)
+    return folder if restarted() and (folder / FILE_NAME).is_file() else None
 
 
 def claim(config: RunConfig) -> Path:
@@ -42,7 +56,8 @@ def claim(config: RunConfig) -> Path:
                 f"setting out: {folder} holds other files and no run of ours; choose another "
                 "folder with --out"
             )
-        if not config.overwrite:
+        # Before its first checkpoint a run that torchrun starts again has nothing to lose.
+        if not config.overwrite and not restarted():
             raise UserError(
                 f"setting out: {folder} already holds a run; go on with it (--resume {folder}), "
                 "replace it (--overwrite) or choose another folder (--out)"
