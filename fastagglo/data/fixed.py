@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from hashlib import blake2b
 from typing import Any, Protocol
@@ -70,7 +71,7 @@ def fixed_generator(seed: int, key: str, crop: int) -> np.random.Generator:
     return generator(seed, _FIXED, int.from_bytes(_digest(key.encode()), "big"), crop)
 
 
-def view_address(file: bytes, how: tuple[int, ...], box: Box, flip: bool, size: int) -> bytes:
+def view_address(file: bytes, how: tuple[object, ...], box: Box, flip: bool, size: int) -> bytes:
     """16 bytes that stand for the pixels of a view: equal for equal pixels, and for no others.
 
     Args:
@@ -89,14 +90,19 @@ def rendering() -> bytes:
     """Digest of what this installation makes of two test pictures.
 
     Another decoder, another version of it, or another filter of the resizing gives other pixels
-    from the same file and box. They are part of each view's address, by way of a stream's views of
-    a JPEG, larger and smaller than its crops, and of a PNG.
+    from the same file and box. They are part of each view's address, by way of the views of a JPEG,
+    larger and smaller than its crops, and of a PNG, on each of the ways that views are made.
     """
     from fastagglo.data.stream import CropStream
+    from fastagglo.data.views import eval_views
 
-    plan = StepPlan((GroupPlan(32, 2, {"a": 48}), GroupPlan(224, 2, {"a": 48})))
-    batch = CropStream(_Probe(), lambda step: plan, seed=0)[0]
-    views = [view for group in batch.groups for view in (group.student, group.teachers["a"])]
+    source, small, large = _Probe(), GroupPlan(32, 2, {"a": 48}), GroupPlan(224, 2, {"a": 48})
+    plan = StepPlan((small, large, replace(small, shift_std=1.0)))
+    groups = [
+        *CropStream(source, lambda step: plan, seed=0)[0].groups,
+        *eval_views(source, small, "photos"),
+    ]
+    views = [view for group in groups for view in (group.student, group.teachers["a"])]
     return _digest(b"".join(view.numpy().tobytes() for view in views))
 
 

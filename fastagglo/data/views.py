@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 
 from fastagglo.data.crops import Box, centre_and_corner_boxes, render, square_boxes
 from fastagglo.data.decode import MAX_PIXELS, BadImage
+from fastagglo.data.fixed import view_address
 from fastagglo.data.plan import GroupPlan, GroupViews, check_int
-from fastagglo.data.source import Source
+from fastagglo.data.source import Source, file_digest
 from fastagglo.data.split import check_region, region_start
 from fastagglo.errors import UserError
 
@@ -29,6 +30,7 @@ def eval_views(
     crops: int = 2,
     limit: int | None = None,
     max_pixels: int = MAX_PIXELS,
+    addressed: bool = False,
 ) -> Iterator[GroupViews]:
     """Crops of held-out data that are the same every time: no randomness, no flip, no shift.
 
@@ -46,6 +48,8 @@ def eval_views(
         crops: crops of each photo; for "photos" at most 5.
         limit: use at most this many photos, spread evenly over the source; None for all.
         max_pixels: larger images are not decoded.
+        addressed: say what stands for the pixels of each view (``GroupViews.addresses``), for a
+            cache of features; reads each file once more.
 
     Yields:
         Views of ``plan.count`` crops, with the key of the photo of each.
@@ -64,13 +68,27 @@ def eval_views(
         raise ValueError("region must be above 0 for regions, got 0: nothing is held out")
     count = len(source) if limit is None else min(check_int("limit", limit, 1), len(source))
     strip = region if kind == "regions" else None
-    return _batches(source, plan, count, strip, crops, max_pixels)
+    return _batches(source, plan, count, strip, crops, max_pixels, addressed)
+
+
+class _Crop(NamedTuple):
+    key: str
+    image: Image
+    box: Box
+    start: int  # the image's first column in the file's
+    file: bytes  # digest of the file, where addresses are wanted
 
 
 def _batches(
-    source: Source, plan: GroupPlan, count: int, strip: float | None, crops: int, max_pixels: int
+    source: Source,
+    plan: GroupPlan,
+    count: int,
+    strip: float | None,
+    crops: int,
+    max_pixels: int,
+    addressed: bool,
 ) -> Iterator[GroupViews]:
-    waiting: list[tuple[str, Image, Box]] = []
+    waiting: list[_Crop] = []
     bad: list[str] = []
     for number in range(count):
         index = number * len(source) // count
@@ -79,6 +97,7 @@ def _batches(
         except BadImage as error:
             bad.append(f"{source.key(index)!r} ({error.detail})")
             continue
+        start, file = 0, file_digest(source, index) if addressed else b""
         if strip is None:
             boxes = centre_and_corner_boxes(image.width, image.height, crops)
         else:
@@ -86,7 +105,7 @@ def _batches(
             start = region_start(image.width, strip)
             image = image.crop((start, 0, image.width, image.height))
             boxes = square_boxes(image.width, image.height, crops)
-        waiting += [(source.key(index), image, box) for box in boxes]
+        waiting += [_Crop(source.key(index), image, box, start, file) for box in boxes]
         while len(waiting) >= plan.count:
             yield _views(plan, waiting[: plan.count])
             del waiting[: plan.count]
@@ -102,13 +121,26 @@ def _batches(
         yield _views(plan, waiting)
 
 
-def _views(plan: GroupPlan, items: list[tuple[str, Image, Box]]) -> GroupViews:
+def _views(plan: GroupPlan, items: list[_Crop]) -> GroupViews:
     tensors = {
-        size: torch.from_numpy(np.stack([render(image, box, size) for _, image, box in items]))
+        size: torch.from_numpy(np.stack([render(i.image, i.box, size) for i in items]))
         for size in {plan.size, *plan.teachers.values()}
     }
     return GroupViews(
         student=tensors[plan.size],
         teachers={name: tensors[size] for name, size in plan.teachers.items()},
-        keys=tuple(key for key, _, _ in items),
+        keys=tuple(item.key for item in items),
+        **(_addresses(plan, items) if items[0].file else {}),
     )
+
+
+def _addresses(plan: GroupPlan, items: list[_Crop]) -> dict[str, Any]:
+    """``addresses`` of the views of a group, all of them ``missing``: nothing has been read."""
+    addresses = {
+        name: tuple(
+            view_address(i.file, ("held out", i.start, i.image.width), i.box, False, size)
+            for i in items
+        )
+        for name, size in plan.teachers.items()
+    }
+    return {"addresses": addresses, "missing": {n: tuple(range(len(items))) for n in addresses}}

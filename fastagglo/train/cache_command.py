@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -21,6 +22,7 @@ from fastagglo.model.config import preset
 from fastagglo.train.cache import FeatureCache
 from fastagglo.train.config import RunConfig
 from fastagglo.train.distributed import choose_device, is_main, process_group, rank_and_world
+from fastagglo.train.evaluation import HeldOut
 from fastagglo.train.feature_store import FeatureStore, relative_error
 from fastagglo.train.inputs import crop_stream, load_split
 from fastagglo.train.recipe import parse_arguments
@@ -116,6 +118,9 @@ class CacheWork:
                     self._compute(waiting)
                     waiting.clear()
                 advance(number, f"{cache.computed} views computed, {cache.read} found")
+            if is_main():
+                for group in HeldOut(config, self.data, self._planner, cache).groups():
+                    cache.features([_on(group, self.device)])
             cache.flush()
         seconds = time.perf_counter() - began
         self._say_what_there_is()
@@ -279,15 +284,7 @@ def _count(skips: SkipCounter, bad: tuple[str, str] | None) -> None:
 
 
 def _on(group: GroupViews, device: torch.device) -> GroupViews:
-    moved = {name: view.to(device) for name, view in group.teachers.items()}
-    return GroupViews(
-        group.student,
-        moved,
-        keys=group.keys,
-        addresses=group.addresses,
-        features=group.features,
-        missing=group.missing,
-    )
+    return replace(group, teachers={n: view.to(device) for n, view in group.teachers.items()})
 
 
 def _size(count: float) -> str:

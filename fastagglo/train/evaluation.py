@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from fastagglo.eval import backbone_figure, evaluate, feature_figure, read_metri
 from fastagglo.model import PackedBatch, StudentOutput
 from fastagglo.teachers import Teacher
 from fastagglo.train import run_folder
+from fastagglo.train.cache import FeatureCache
 from fastagglo.train.config import RunConfig
 from fastagglo.train.schedule import Planner
 from fastagglo.train.targets import teacher_features
@@ -31,12 +33,23 @@ class HeldOut:
         config: the run.
         data: photos for training, whose right-hand strip is held out, and photos held out whole.
         planner: knows at which size each teacher sees a crop.
+        cache: stored features of these crops.
     """
 
-    def __init__(self, config: RunConfig, data: Split, planner: Planner) -> None:
-        self.config, self.data, self.planner = config, data, planner
+    def __init__(
+        self, config: RunConfig, data: Split, planner: Planner, cache: FeatureCache | None = None
+    ) -> None:
+        self.config, self.data, self.planner, self.cache = config, data, planner, cache
         self._kept: dict[tuple[str, ...], dict[str, Tensor]] = {}
         self._kept_bytes = 0
+
+    def groups(self) -> Iterator[GroupViews]:
+        """All that the teachers are shown, figures and pictures."""
+        for size in self.planner.eval_sizes():
+            for kind in ("regions", "photos"):
+                if self.config.eval.points:
+                    yield from self._views(kind, size)
+            yield from self._pictured(size)
 
     def rows(
         self, distiller: Distiller, teachers: Mapping[str, Teacher]
@@ -62,15 +75,13 @@ class HeldOut:
         self, distiller: Distiller, teachers: Mapping[str, Teacher], folder: Path
     ) -> list[tuple[str, str, Path]]:
         """PCA pictures of student and teacher features of held-out photos, over resolutions."""
-        count = self.config.eval.pictures
-        kind = "photos" if len(self.data.held_out) else "regions"
         student: dict[str, dict[int, list[Tensor]]] = {}
         teacher: dict[str, dict[int, list[Tensor]]] = {}
         backbone: dict[int, list[Tensor]] = {}
         photos: list[Tensor] = []
         for size in self.planner.eval_sizes():
             photos = []
-            for batch in self._views(kind, size, crops=1, limit=count):
+            for batch in self._pictured(size):
                 photos += list(batch.student)
                 output = self._predict(distiller, batch)
                 backbone.setdefault(size, []).extend(output.backbone.spatial[0])
@@ -88,6 +99,11 @@ class HeldOut:
             *feature_figure(photos, student, teacher, folder),
         ]
 
+    def _pictured(self, size: int) -> Iterable[GroupViews]:
+        kind = "photos" if len(self.data.held_out) else "regions"
+        count = self.config.eval.pictures
+        return self._views(kind, size, crops=1, limit=count) if count else ()
+
     def _views(
         self, kind: str, size: int, crops: int = 2, limit: int | None = None
     ) -> Iterable[GroupViews]:
@@ -102,6 +118,7 @@ class HeldOut:
             region=region,
             crops=crops,
             limit=min(limit or self.config.eval.photos, len(source)),
+            addressed=self.cache is not None,
         )
 
     @torch.no_grad()
@@ -116,11 +133,12 @@ class HeldOut:
         if key in self._kept:
             return self._kept[key]
         device = next(iter(teachers.values())).device
-        moved = GroupViews(
-            batch.student,
-            {name: view.to(device) for name, view in batch.teachers.items()},
-        )
-        features = teacher_features(teachers, [moved], self.config.teachers)[0]
+        views = {name: view.to(device) for name, view in batch.teachers.items()}
+        moved = dataclasses.replace(batch, teachers=views)
+        if self.cache is not None:
+            features = self.cache.features([moved])[0]
+        else:
+            features = teacher_features(teachers, [moved], self.config.teachers)[0]
         found = {n: f.spatial for n, f in features.items() if f.spatial is not None}
         size = sum(value.nbytes for value in found.values())
         if self._kept_bytes + size <= _KEPT_BYTES:

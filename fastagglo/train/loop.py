@@ -101,11 +101,11 @@ class Trainer:
         self.config, self.device = config, device
         self.rank, self.world = rank_and_world()
         torch.set_num_threads(config.threads or torch.get_num_threads())
-        _seed(config.seed, 0, 0)
         self.cache = FeatureCache(config, device) if config.cache.folder else None
         self.teachers = load_teachers(config, device) if self.cache is None else self.cache.teachers
         self._check_widths()
         widths = {n: (t.spec.summary, t.spec.spatial) for n, t in self.teachers.items()}
+        _seed(config.seed, 0, 0)  # the student is the same whether teachers were built or not
         try:
             student = build_student(config, widths).to(device)
         except ValueError as error:  # settings that contradict each other
@@ -141,7 +141,7 @@ class Trainer:
             world=self.world,
             reader=None if self.cache is None else self.cache.reader,
         )
-        self.held_out = HeldOut(config, self.data, self.planner)
+        self.held_out = HeldOut(config, self.data, self.planner, self.cache)
         self.skips = SkipCounter(limit_fraction=config.data.max_bad_share)
         self.step, self.bad_steps = 0, 0
         self.stop_requested = False
