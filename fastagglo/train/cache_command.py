@@ -146,8 +146,7 @@ class CacheWork:
         damaged = [what for store in cache.stores.values() for what in store.damaged]
         count = min(sample, len(self.photos))
         chosen = [self.photos[i * len(self.photos) // count] for i in range(count)]
-        missing, wrong = 0, Counter[str]()
-        largest = dict.fromkeys(cache.teachers, 0.0)
+        errors: dict[tuple[str, bytes], float | None] = {}
         stream = self._stream(None)
         with _progress(count, "photos made again") as advance:
             for number, index in enumerate(chosen, start=1):
@@ -157,19 +156,20 @@ class CacheWork:
                     continue
                 for group in groups:
                     for name in cache.teachers:
-                        errors = self._compare(name, group)
-                        missing += sum(error is None for error in errors)
-                        known = [error for error in errors if error is not None]
-                        largest[name] = max(largest[name], *known, 0.0)
-                        wrong[name] += sum(not error <= self._allowed(name) for error in known)
+                        names = [(name, address) for address in group.addresses[name]]
+                        errors.update(zip(names, self._compare(name, group), strict=True))
                 advance(number, "")
         self._say_what_there_is()
-        for name, error in largest.items():
+        wrong = Counter[str]()
+        for name in cache.teachers:
+            known = [e for (other, _), e in errors.items() if other == name and e is not None]
+            wrong[name] = sum(not error <= self._allowed(name) for error in known)
             if self.config.teachers[name].mosaic:
                 say(f"{name}: checksums only, since a mosaic's features depend on its neighbours")
             else:
-                say(f"{name}: off by at most {error:.2g} (allowed {self._allowed(name):g})")
-        if missing:
+                most = max(known, default=0.0)
+                say(f"{name}: off by at most {most:.2g} (allowed {self._allowed(name):g})")
+        if missing := sum(error is None for error in errors.values()):
             say(f"{missing} views of {count} photos are not stored: go on with train.py cache")
         if damaged or any(wrong.values()):
             differ = ", ".join(f"{n} of {name}" for name, n in wrong.items() if n)
