@@ -19,6 +19,7 @@ from fastagglo.teachers import TeacherSpec
 from fastagglo.train import (
     RunConfig,
     build_student,
+    cache_command,
     load_recipe,
     parse_arguments,
     plan_command,
@@ -137,7 +138,11 @@ def test_every_command_is_accepted(recipe: RunConfig, arguments: list[str]) -> N
     if arguments[:1] == ["plan"]:
         plan_command.main(arguments[1:])
         return
-    config = parse_arguments(arguments)
+    if arguments[:1] == ["cache"]:
+        config, _ = cache_command.parse(arguments[1:])
+        assert config.cache.folder == "features"
+    else:
+        config = parse_arguments(arguments)
     assert len(commands()) >= 5
     if "--data.images" in arguments:
         first = arguments[arguments.index("--data.images") + 1]

@@ -39,6 +39,20 @@ _LINE_SECONDS = 5.0
 
 def main(arguments: Sequence[str]) -> None:
     """Build or check the cache of a recipe; ``arguments`` are those after ``cache``."""
+    config, chosen = parse(arguments)
+    torch.set_num_threads(config.threads or torch.get_num_threads())
+    device = choose_device(config.device)
+    with process_group(device):
+        work = CacheWork(config, device)
+        work.verify(chosen.sample) if chosen.verify else work.build()
+
+
+def parse(arguments: Sequence[str]) -> tuple[RunConfig, argparse.Namespace]:
+    """The run of a command line after ``cache``, and ``verify`` and ``sample``.
+
+    Raises:
+        UserError: a setting makes no sense, or there is no ``cache.folder``.
+    """
     parser = argparse.ArgumentParser(
         prog="train.py cache",
         allow_abbrev=False,
@@ -58,11 +72,7 @@ def main(arguments: Sequence[str]) -> None:
         raise UserError("setting cache.folder: say where features are stored (--cache.folder PATH)")
     if chosen.sample < 1:
         raise UserError(f"--sample must be at least 1, got {chosen.sample}")
-    torch.set_num_threads(config.threads or torch.get_num_threads())
-    device = choose_device(config.device)
-    with process_group(device):
-        work = CacheWork(config, device)
-        work.verify(chosen.sample) if chosen.verify else work.build()
+    return config, chosen
 
 
 class CacheWork:
@@ -226,19 +236,20 @@ class CacheWork:
         least = _ALLOWED_INT8 if storage == "int8" else 0.0
         return max(_ALLOWED[store.dtype], _ALLOWED[stored], least)
 
-    def _most(self) -> float:
-        """Bytes of all entries, if no two plans share any but those of one size."""
+    def _most(self) -> int:
+        """Bytes of all training crops, if no two plans share any but those of one size."""
         views: set[tuple[object, ...]] = set()
         for plan in self.plans:
             for name in self.cache.teachers:
                 shared = () if plan.shift_std == 0 else (plan.size,)
                 views.add((name, plan.teachers[name], *shared))
-        bits = {"teacher": None, "int8": 8}.get(self.config.cache.storage, 16)
-        total = 0.0
+        storage, total = self.config.cache.storage, 0
         for name, size, *_ in views:
-            spec, dtype = self.cache.teachers[name].spec, self.cache.stores[name].dtype
-            numbers = (spec.spatial or 0) * (-(-size // spec.patch_size)) ** 2 + (spec.summary or 0)
-            total += numbers * (bits or 8 * dtype.itemsize) / 8
+            spec, own = self.cache.teachers[name].spec, self.cache.stores[name].dtype.itemsize
+            kept = 2 if storage in ("bfloat16", "float16") else own
+            cells = (-(-size // spec.patch_size)) ** 2
+            channel = cells + 8 if storage == "int8" else cells * kept  # with its scale
+            total += (spec.spatial or 0) * channel + (spec.summary or 0) * kept
         return total * len(self.data.train) * self.config.data.crops_per_photo
 
     def _say_what_there_is(self) -> None:
