@@ -44,7 +44,11 @@ def main(arguments: Sequence[str]) -> None:
     device = choose_device(config.device)
     with process_group(device):
         work = CacheWork(config, device)
-        work.verify(chosen.sample) if chosen.verify else work.build()
+        try:
+            work.verify(chosen.sample) if chosen.verify else work.build()
+        except KeyboardInterrupt:
+            work.cache.flush()
+            raise UserError("stopped; the same command goes on from here") from None
 
 
 def parse(arguments: Sequence[str]) -> tuple[RunConfig, argparse.Namespace]:

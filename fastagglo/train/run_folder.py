@@ -21,7 +21,10 @@ _OURS = (CONFIG_FILE, METRICS, STUDENT, AVERAGE, PICTURES, REPORT, TENSORBOARD, 
 
 # Settings that say where and how fast a run goes, not what it computes; all others must agree
 # between a checkpoint and the run that goes on from it.
-_FREE = ("recipe", "out", "resume", "overwrite", "device", "threads", "log", "data.workers")
+_FREE = (
+    *("recipe", "out", "resume", "overwrite", "device", "threads", "log", "data.workers"),
+    *("cache.folder", "cache.store"),
+)
 
 
 def folder_of(config: RunConfig) -> Path:

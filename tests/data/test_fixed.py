@@ -79,14 +79,10 @@ def test_each_photo_shows_all_its_crops_in_turn(plan: GroupPlan) -> None:
         assert len(by_address(epochs[:1], name)) == 6
         assert len(by_address(epochs[:2], name)) == 12
         assert len(by_address(epochs, name)) == 12  # from here on none is new
-    shifts = {
-        k: s
-        for g in epochs[:2]
-        for k, s in zip(g.addresses["a"], g.shifts.get("a", []), strict=False)
-    }
-    for group in epochs[2:]:
-        for address, shift in zip(group.addresses["a"], group.shifts.get("a", []), strict=False):
-            assert torch.equal(shifts[address], shift)
+    if plan.shift_std:
+        pairs = [pair for g in epochs for pair in zip(g.addresses["a"], g.shifts["a"], strict=True)]
+        first = dict(reversed(pairs))
+        assert all(torch.equal(first[address], shift) for address, shift in pairs)
 
 
 def test_crops_do_not_depend_on_run_rank_workers_or_other_photos() -> None:
@@ -121,6 +117,17 @@ def test_fixed_views_are_those_of_training(plan: GroupPlan) -> None:
         ours, theirs = by_address(alone, name), by_address(training, name)
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[address], theirs[address]) for address in ours)
+
+
+def test_shifted_views_of_one_size_have_addresses_of_their_own() -> None:
+    plan = GroupPlan(32, 6, {"a": 32, "b": 32}, 2.0, 8)
+    group = stream(plan)[0].groups[0]
+    different = 0
+    for row in range(6):
+        same = torch.equal(group.teachers["a"][row], group.teachers["b"][row])
+        assert same == (group.addresses["a"][row] == group.addresses["b"][row])
+        different += not same
+    assert different > 0
 
 
 def test_fixed_views_say_which_photos_are_bad() -> None:

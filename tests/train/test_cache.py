@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fastagglo.errors import UserError
+from fastagglo.features import Features
 from fastagglo.model import load_student
 from fastagglo.teachers import load_teacher
 from fastagglo.train import cache as cache_module
@@ -123,6 +124,51 @@ def test_a_run_is_the_same_with_and_without(tiny, settings, shift, differences):
             assert ours == pytest.approx(theirs, rel=1e-4)
     student, other = (load_student(f / "student").state_dict() for f in (warm, workers))
     assert differences(student, other) == []
+
+
+def test_of_a_half_filled_cache_only_the_rest_is_computed(tiny, settings):
+    config, full = tiny.config(settings()), build(tiny, settings())
+    group = tiny.trainer(settings()).stream[0].groups[1]
+    expected = full.cache.features([group])[0]
+    half = settings(folder="half")
+    first = FeatureCache(tiny.config(half), CPU)
+    views = tiny.trainer(half).stream[0].groups[1]
+    for name in config.teachers:  # the first of two images
+        whole = expected[name]
+        summary = None if whole.summary is None else whole.summary[:1]
+        features = Features(summary, whole.spatial[:1])
+        store = first.stores[name]
+        store.put(views.addresses[name][:1], store.encode(features))
+    first.flush()
+    trainer = tiny.trainer(half)
+    for groups in (trainer.stream[0].groups[1:], [views]):  # known to the worker, and not yet
+        cache = FeatureCache(tiny.config(half), CPU)
+        found = cache.features(groups)[0]
+        assert cache.counts() == {"read": 2, "computed": 2, "damaged": 0}
+        for name, features in found.items():
+            torch.testing.assert_close(
+                features.spatial, expected[name].spatial, rtol=1e-4, atol=1e-4
+            )
+    assert trainer.stream[0].groups[1].missing == {"hog": (1,), "lite0": (1,)}
+
+
+def test_mosaics_are_stored_as_they_were_computed(tiny, settings, tmp_path):
+    import transformers
+
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "window_size": 2}
+    shape |= {"hidden_size": 16, "mlp_dim": 16, "image_size": 128, "patch_size": 16}
+    config = transformers.SamVisionConfig(**shape, output_channels=8, global_attn_indexes=[0])
+    transformers.SamVisionModel(config).save_pretrained(tmp_path / "sam")
+    sam = {"source": "transformers", "model": "sam", "checkpoint": str(tmp_path / "sam")}
+    change = {"teachers": {"sam": {**sam, "mosaic": True, "summary_weight": 0.0}, "lite0": None}}
+    built = command(settings(change), tiny)
+    assert (built.status, built.err) == (0, "")
+    # 32 and 64 px reach it as tiles of their own size.
+    assert f"sam: {2 * PHOTOS * CROPS} views" in built.out
+    verified = command(settings(change), tiny, "--verify")
+    assert "sam: checksums only" in verified.out
+    _, folder = tiny.trained(settings(change))
+    assert counted(folder)["computed"] == 0
 
 
 def test_a_second_student_finds_what_the_first_computed(tiny, settings):
@@ -424,7 +470,38 @@ def test_a_build_that_is_killed_goes_on_where_it_was(tiny, settings, monkeypatch
     work.verify(PHOTOS)
 
 
-def test_two_builders_at_once_and_ranks(tiny, settings):
+def test_ctrl_c_keeps_what_was_computed(tiny, settings, monkeypatch):
+    real = CacheWork._compute
+
+    def interrupted(work, photos):
+        real(work, photos)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastagglo.train.cache_command._VIEWS_AT_ONCE", 1)
+        patch.setattr(CacheWork, "_compute", interrupted)
+        stopped = command(settings(), tiny)
+    assert (stopped.status, stopped.err) == (
+        2,
+        "error: stopped; the same command goes on from here\n",
+    )
+    assert build(tiny, settings()).cache.computed == 3 * CROPS * (PHOTOS - 1)
+
+
+def test_a_run_may_go_on_with_another_cache(tiny, settings, interrupt):
+    _, whole = tiny.trained(settings(folder=None), "whole")
+    folder = tiny.folder / "run"
+    folder.mkdir()
+    interrupt(1)
+    assert not tiny.trainer(settings()).run(folder)
+    shutil.rmtree(tiny.folder / "features")
+    resumed = tiny.trainer(settings(folder="other"), resume=folder)
+    assert resumed.run(folder)
+    for ours, theirs in zip(losses(folder), losses(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_two_builders_at_once(tiny, settings):
     recipe = tiny.recipe(settings())
     processes = [tiny.process("cache", "--recipe", recipe) for _ in range(2)]
     for process in processes:
