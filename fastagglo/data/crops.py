@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import exp, log, sqrt
@@ -118,6 +117,14 @@ def draw_views(
         limit = int(grid * MAX_SHIFT)
         drawn = np.rint(random.normal(0.0, shift_std, (views, 2)))
         cells = drawn.clip(-limit, limit).astype(np.int64)
+    else:  # the same as below, for one box that all views share
+        box_width, box_height = _draw_size(random, width, height, crops, 1.0, 1.0)
+        left = random.random() * (width - box_width)
+        top = random.random() * (height - box_height)
+        box = Box(
+            min(left, width - box_width), min(top, height - box_height), box_width, box_height
+        )
+        return Views([box] * views, cells, flip)
     first = cells.min(axis=0)
     # The moved boxes together span this many boxes, down and right.
     span_y, span_x = 1 + (cells.max(axis=0) - first) / grid
@@ -195,7 +202,7 @@ def cut(image: Image | np.ndarray, box: Box) -> np.ndarray:
         # In memory of its own: PyTorch resizes a part of an image at half the speed of a whole.
         return np.ascontiguousarray(image[top : top + high, left : left + wide])
     left, top, wide, high = whole(box, image.width, image.height)
-    return np.asarray(image.crop((left, top, left + wide, top + high)))
+    return np.array(image.crop((left, top, left + wide, top + high)))
 
 
 def resize(pixels: np.ndarray, size: int, flip: bool = False) -> Tensor:
@@ -204,10 +211,7 @@ def resize(pixels: np.ndarray, size: int, flip: bool = False) -> Tensor:
     The filter of :func:`render` in PyTorch's vectorised form, at a quarter of its cost. It takes
     whole pixels only.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # read-only memory: it is only read
-        image = torch.from_numpy(pixels)
-    image = image.permute(2, 0, 1)[None]
+    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
     resized = interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
     return resized.flip(2) if flip else resized
 

@@ -6,6 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -353,8 +354,11 @@ def _spread(image: Image | np.ndarray) -> float:
 
         size = (min(64, image.width), min(64, image.height))
         some = np.asarray(image.resize(size, Resampling.NEAREST))
-    # Channel by channel: a deviation over rows of three numbers costs twelve times as much.
-    return float(np.ascontiguousarray(some.reshape(-1, 3).T).std(axis=1).max())
+    # In whole numbers, channel by channel: a tenth of the cost of numpy's std over the last axis.
+    values = np.ascontiguousarray(some.reshape(-1, 3).T, dtype=np.int32)
+    count, total = values.shape[1], values.sum(axis=1, dtype=np.int64)
+    squares = np.einsum("cn,cn->c", values, values)  # below 2 ** 31: 64 * 64 * 255 ** 2
+    return sqrt(int((count * squares.astype(np.int64) - total**2).max())) / count
 
 
 def _listed(counts: Mapping[str, int]) -> str:

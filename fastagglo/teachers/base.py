@@ -151,10 +151,12 @@ class Teacher(nn.Module):
                 None if spec.summary is None else self.mean.new_zeros(0, spec.summary),
                 None if spec.spatial is None else self.mean.new_zeros(0, *grid, spec.spatial),
             )
-        x = images.to(torch.float32)
-        if images.dtype == torch.uint8:
-            x = x / 255
-        x = (x - self.mean) / self.std
+        if images.dtype == torch.float32:
+            x = images - self.mean
+        else:  # a copy of our own: worked on in place, it costs a third of the time
+            x = images.to(torch.float32)
+            x = (x.div_(255) if images.dtype == torch.uint8 else x).sub_(self.mean)
+        x = x.div_(self.std)
         with torch.autocast(x.device.type, enabled=False):
             summary, spatial = self.tower(x.to(self.dtype))
         return Features(

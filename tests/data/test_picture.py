@@ -240,7 +240,7 @@ def test_cut_moves_edges_to_whole_pixels_within_the_image() -> None:
 
 @pytest.mark.parametrize("size", [16, 40, 96])
 def test_resize_is_pillows_filter(size: int) -> None:
-    pixels = np.asarray(waves(61, 47))
+    pixels = np.array(waves(61, 47))
     image = Image.fromarray(pixels)
     right = render(image, Box(0, 0, 61, 47), size)
     found = resize(pixels, size)
