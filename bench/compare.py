@@ -3,9 +3,8 @@
 Two things are compared for each case. Our own time, which a slower machine changes too. And ours
 relative to the peers', who ran by turns with us: what the machine did to all cancels, so where both
 runs have a peer in common, the verdict is that of the ratio. Intervals are bootstrapped over the
-rounds, which the two runs do not share. They are widened where rounds are few, and so that 95 %
-holds for the whole table and not for each row: sixty comparisons of noise with noise would else
-show three changes.
+rounds, which the two runs do not share, and so wide that 95 % holds for the whole table and not for
+each row: sixty comparisons of noise with noise would else show three changes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -151,8 +149,7 @@ def _change(
     def interval(middle: np.floating, draws: np.ndarray) -> Interval:
         if rounds < 2:
             return 0.0, float(np.exp(middle)), float("inf")
-        found = np.array(intervals.bounds(float(middle), draws, level))
-        low, middle, high = np.exp(middle + (found - middle) * _widening(rounds, level))
+        low, middle, high = np.exp(intervals.bounds(float(middle), draws, rounds, level))
         return float(low), float(middle), float(high)
 
     found = [interval(*pair) for pair in zip(centre, resampled, strict=True)]
@@ -161,17 +158,6 @@ def _change(
         relative = interval(centre[1:].mean(), resampled[1:].mean(axis=0))
     memory = after[0]["memory_mb"] / before[0]["memory_mb"] if before[0]["memory_mb"] else 1.0
     return Change(*key, found[0], dict(zip(common[1:], found[1:], strict=True)), relative, memory)
-
-
-def _widening(rounds: int, level: float) -> float:
-    """What a bootstrap of few rounds leaves out: Student's t over the normal distribution.
-
-    Of few samples resamples see only what was seen. t by Cornish and Fisher's expansion.
-    """
-    z, v = NormalDist().inv_cdf((1 + level) / 2), rounds - 1
-    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
-    return t / z * (rounds / v) ** 0.5
 
 
 def _logs(

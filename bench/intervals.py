@@ -1,24 +1,33 @@
-"""Medians with their uncertainty: percentile bootstrap, with a fixed seed."""
+"""Medians with their uncertainty: bootstrap with a fixed seed, widened where samples are few.
+
+A bootstrap of few samples sees only what was seen: its intervals hold the median less often than
+they say, 90 % instead of 95 % of eight samples. They are widened by Student's t over the normal
+distribution and by sqrt(n / (n - 1)), as for a mean, which for forty samples is a twentieth.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import NormalDist
 
 import numpy as np
 
-RESAMPLED = 4000
+RESAMPLED = 2000
 LEVEL = 0.95
 
 Array = np.ndarray
 
 
 def median_interval(samples: Sequence[float] | Array, level: float = LEVEL) -> list[float]:
-    """[low, median, high] of samples that are independent of one another."""
-    found = medians(np.asarray(samples, float)[None], generator())[0]
-    return bounds(float(np.median(samples)), found, level)
+    """[low, median, high] of samples > 0 that are independent of one another."""
+    series = np.asarray(samples, float)[None]
+    centre = float(np.median(series))
+    resampled = np.log(medians(series, generator(), RESAMPLED)[0] / centre)
+    low, high = np.exp(bounds(0.0, resampled, series.shape[1], level))[[0, 2]]
+    return [float(centre * low), centre, float(centre * high)]
 
 
-def medians(samples: Array, rng: np.random.Generator, count: int = RESAMPLED) -> Array:
+def medians(samples: Array, rng: np.random.Generator, count: int) -> Array:
     """Medians of resampled rounds.
 
     Args:
@@ -33,11 +42,29 @@ def medians(samples: Array, rng: np.random.Generator, count: int = RESAMPLED) ->
     return np.median(samples[:, drawn], axis=-1)
 
 
-def bounds(centre: float, resampled: Array, level: float = LEVEL) -> list[float]:
-    """[low, centre, high], the centre always within."""
+def bounds(centre: float, resampled: Array, rounds: int, level: float = LEVEL) -> Array:
+    """[low, centre, high], the centre always within.
+
+    Args:
+        centre: of all samples.
+        resampled: the same of each resample.
+        rounds: samples that it is of.
+        level: of the interval.
+    """
     tail = (1 - level) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    return [min(float(low), centre), centre, max(float(high), centre)]
+    low, high = np.quantile(resampled, [tail, 1 - tail]) - centre
+    wider = _widening(rounds, level)
+    return centre + np.array([min(low, 0.0) * wider, 0.0, max(high, 0.0) * wider])
+
+
+def _widening(rounds: int, level: float) -> float:
+    """At least 1; t by Cornish and Fisher's expansion. One sample has no spread to widen."""
+    if rounds < 2:
+        return 1.0
+    z, v = NormalDist().inv_cdf((1 + level) / 2), rounds - 1
+    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * v**3)
+    return t / z * (rounds / v) ** 0.5
 
 
 def exponent(points: Sequence[tuple[float, Sequence[float]]], level: float = LEVEL) -> list[float]:
@@ -51,9 +78,11 @@ def exponent(points: Sequence[tuple[float, Sequence[float]]], level: float = LEV
     x = x - x.mean()
     weights = x / np.square(x).sum()
     rng = generator()
-    resampled = np.stack([medians(np.asarray(s, float)[None], rng)[0] for _, s in points])
-    centre = weights @ np.log([np.median(s) for _, s in points])
-    return bounds(float(centre), weights @ np.log(resampled), level)
+    series = [np.asarray(samples, float)[None] for _, samples in points]
+    resampled = np.concatenate([medians(samples, rng, RESAMPLED) for samples in series])
+    centre = weights @ np.log([np.median(samples) for samples in series])
+    rounds = min(samples.shape[1] for samples in series)
+    return bounds(float(centre), weights @ np.log(resampled), rounds, level).tolist()
 
 
 def generator() -> np.random.Generator:

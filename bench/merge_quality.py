@@ -18,6 +18,7 @@ half a minute on two cores; nothing is random but ``random2d``'s destinations, w
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -31,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastagglo
-from bench import machine, report
+from bench import machine
 from fastagglo.data.photos import PhotoSource
 from fastagglo.teachers import load_teacher
 
@@ -231,7 +232,8 @@ def main(arguments: list[str] | None = None) -> int:
         "shown": {"photo": SHOWN, "credit": PhotoSource().credits[SHOWN]},
         "rows": rows,
     }
-    report.write(results, chosen.out / "merge-quality.json")
+    text = json.dumps(results, indent=1, ensure_ascii=False)
+    (chosen.out / "merge-quality.json").write_text(text + "\n")
     draw(rows, photos[SHOWN], maps[SHOWN], chosen.out / "merge-quality.jpg")
     print(table(rows))
     print(f"wrote merge-quality.json and merge-quality.jpg in {os.path.relpath(chosen.out)}")

@@ -95,29 +95,26 @@ def headline(suite: Mapping[str, Any]) -> list[tuple[str, list[Bar]]]:
     counts; of a curve only its last point.
     """
     duels = [duel for duel in suite["duels"] if len(duel["rows"]) > 1]
-    facts = suite["cases"]
+    facts = [suite["cases"][duel["case"]] for duel in duels]
+    both = {of["label"] for of in facts if of["pass"] == "forward+backward"}
     last: dict[str, float] = {}
-    both = set()
-    for duel in duels:
-        of = facts[duel["case"]]
+    for of in facts:
         if "series" in of:
             last[of["series"]] = max(of["x"], last.get(of["series"], of["x"]))
-        if of["pass"] == "forward+backward":
-            both.add(of["label"])
-    chosen = [
-        duel
-        for duel in duels
-        if (of := facts[duel["case"]])["x" if "series" in of else "label"]
-        in (last.get(of.get("series", "")), of["label"])
-        and (of["pass"] != "forward" or of["label"] not in both)
-    ]
+
+    def counts(of: Mapping[str, Any]) -> bool:
+        if "series" in of:
+            return of["x"] == last[of["series"]]
+        return of["pass"] != "forward" or of["label"] not in both
+
+    chosen = [duel for duel, of in zip(duels, facts, strict=True) if counts(of)]
     chosen.sort(key=lambda duel: not any("goal" in row for row in duel["rows"]))
     shown: list[tuple[str, list[Bar]]] = []
     for duel in chosen[:CASES]:
         bars = [_bar(row, suite) for row in duel["rows"][1:]]
         if shown and sum(len(more) for _, more in shown) + len(bars) > BARS:
             break
-        shown.append((_label(facts[duel["case"]]), bars[:BARS]))
+        shown.append((_label(suite["cases"][duel["case"]]), bars[:BARS]))
     return shown
 
 

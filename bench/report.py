@@ -18,7 +18,8 @@ OWN = {"memory_bytes", "input_bytes", "seconds", "repeats"}  # of a raw row, wit
 
 NOTES = {
     "duels": "all peers of a case by turns in each round, fastagglo first in the list",
-    "ms": "[low, median, high] of a call: the median of the rounds and its 95 % bootstrap interval",
+    "ms": "[low, median, high] of a call: the median of the rounds and its 95 % bootstrap "
+    "interval, widened where rounds are few",
     "samples_ms": "of each round, per call; repeats: calls of a round",
     "memory_mb": "most memory beyond the inputs during a call, results included; 1 MB = 1e6 bytes",
     "ours_over_theirs": "time: median of the rounds' own ratios and its 95 % bootstrap interval; "

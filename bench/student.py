@@ -35,7 +35,7 @@ def compare(peer: str, found: Results, expected: Results, batch: Batch) -> None:
 
 def _goals() -> dict[tuple[str, str], Goal]:
     goals = {}
-    for name in ("mix-demo", "mix-wide"):
+    for name in ("mix-demo", "mix-radio"):
         case = f"{name}-tiny-forward+backward"
         goals[case, "per-image"] = Goal(time=0.77, memory=0.5)
         goals[case, "padded"] = Goal(time=0.33, memory=0.5)

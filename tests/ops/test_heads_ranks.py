@@ -18,6 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastagglo.ops import AdaptorHeads, HeadSpec
 
+RANKS = {"ddp": 2, "fsdp": 1, "fsdp_steps": 2}
+
 SPECS = {
     "a": HeadSpec(summary=4, spatial=3, hidden=8, blocks=1),
     "b": HeadSpec(spatial=5, hidden=7),
@@ -83,19 +85,53 @@ def fsdp(rank: int, folder: Path) -> None:
     (folder / "done").touch()
 
 
+def optimiser(model: AdaptorHeads) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(model.parameters(), lr=0.01, eps=1e-2, weight_decay=0.1)
+
+
+# What each rank computes in each step, where all heads are one group, and where each is sharded by
+# itself: then a head's own pass gathers its weights, which both ranks must take part in.
+ONLY = {
+    False: ((None, None), (None, ["a"]), (["c"], ["a", "b"])),
+    True: ((None, None), (None, None)),
+}
+
+
+def fsdp_steps(rank: int, folder: Path) -> None:
+    """A few steps of training."""
+    from torch.distributed.fsdp import fully_shard
+
+    for each in (False, True):
+        model = heads()
+        if each:
+            for head in (*model.summary.values(), *model.spatial.values()):
+                fully_shard(head)
+        fully_shard(model)
+        assert all(p.to_local().numel() < p.numel() for p in model.parameters() if len(p) > 1)
+        optimizer = optimiser(model)
+        for only in ONLY[each]:
+            optimizer.zero_grad()
+            total(model(*tokens(rank), only=only[rank])).backward()
+            optimizer.step()
+        state = {name: p.full_tensor() for name, p in model.named_parameters()}
+        state |= {f"grad {name}": p.grad.full_tensor() for name, p in model.named_parameters()}
+        torch.save(state, folder / f"{each}-{rank}.pt")
+
+
 def main(scenario: str, rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
-        world_size=2 if scenario == "ddp" else 1,
+        world_size=RANKS[scenario],
         timeout=timedelta(seconds=60),
     )
-    {"ddp": ddp, "fsdp": fsdp}[scenario](rank, folder)
+    {"ddp": ddp, "fsdp": fsdp, "fsdp_steps": fsdp_steps}[scenario](rank, folder)
     dist.destroy_process_group()
 
 
-def launch(scenario: str, ranks: int, folder: Path) -> None:
+def launch(scenario: str, folder: Path) -> None:
+    ranks = RANKS[scenario]
     processes = [
         subprocess.Popen(
             [sys.executable, __file__, scenario, str(rank), str(folder)],
@@ -110,7 +146,7 @@ def launch(scenario: str, ranks: int, folder: Path) -> None:
 
 
 def test_a_rank_that_leaves_heads_out(tmp_path: Path) -> None:
-    launch("ddp", 2, tmp_path)
+    launch("ddp", tmp_path)
     model = heads()
     summary, spatial = tokens(0)
     (total(model(summary, spatial)) / 2).backward()
@@ -127,8 +163,30 @@ def test_a_rank_that_leaves_heads_out(tmp_path: Path) -> None:
 
 
 def test_sharded(tmp_path: Path) -> None:
-    launch("fsdp", 1, tmp_path)
+    launch("fsdp", tmp_path)
     assert (tmp_path / "done").exists()
+
+
+def test_sharded_over_two_ranks_trains_as_one_process(tmp_path: Path) -> None:
+    launch("fsdp_steps", tmp_path)
+    start = dict(heads().named_parameters())
+    for each, steps in ONLY.items():
+        model = heads()
+        optimizer = optimiser(model)
+        for only in steps:
+            # What a rank leaves out has zero gradients: the mean is over both ranks.
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+            for rank in (0, 1):
+                (total(model(*tokens(rank), only=only[rank])) / 2).backward()
+            optimizer.step()
+        states = [torch.load(tmp_path / f"{each}-{rank}.pt") for rank in (0, 1)]
+        for name, parameter in model.named_parameters():
+            for state in states:
+                message = f"{each} {name}"
+                torch.testing.assert_close(state[name], parameter.detach(), msg=message)
+                torch.testing.assert_close(state[f"grad {name}"], parameter.grad, msg=message)
+            assert (parameter != start[name]).any(), name
 
 
 @pytest.mark.parametrize("only", [["a"], ["b", "c"]])
