@@ -120,7 +120,7 @@ class AdaptorHeads(nn.Module):
 
     Spatial heads that read one x, and have no ``pre_norm``, have their first layers as one: x is
     read once, and one gradient of it is summed up. Shard (FSDP) all heads together: of heads
-    sharded one by one, each reads x for itself.
+    sharded one by one, each reads x for itself, and all ranks must compute the same ones.
 
     Args:
         in_features: the student's width.
