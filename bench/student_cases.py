@@ -16,7 +16,7 @@ STUDENTS = ("B", "L", "SO400M", "H", "g")
 PREFIX_DEMO, PREFIX_V25, PREFIX_V4 = 7, 8, 10
 
 # Images of each size in pixels. The demo's batch is half a step of its recipe. RADIOv2.5's third
-# stage has eight images of 432 px to one of 1024, and the same at three eighths for a CPU;
+# stage has eight images of 432 px to one of 1024, and the same at three eighths is for a CPU;
 # C-RADIOv4 has eight of its low sizes to a high one.
 DEMO = {96: 6, 128: 4, 192: 2}
 V25 = {432: 8, 1024: 1}
