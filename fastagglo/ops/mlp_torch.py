@@ -101,6 +101,29 @@ class _Norm:
         )
 
 
+class _Rows:
+    """A result whose rows are computed block by block; what is made in one block is not copied."""
+
+    def __init__(self, like: Tensor, rows: int, channels: int, dtype: torch.dtype) -> None:
+        self.like, self.shape, self.dtype = like, (rows, channels), dtype
+        self.memory: Tensor | None = None
+
+    def __getitem__(self, part: slice) -> Tensor:
+        """Where a block's rows go."""
+        if self.memory is None:
+            self.memory = self.like.new_empty(self.shape, dtype=self.dtype)
+        return self.memory[part]
+
+    def put(self, part: slice, value: Tensor) -> None:
+        if value.shape == self.shape and value.dtype == self.dtype and value.is_contiguous():
+            self.memory = value
+        else:
+            self[part].copy_(value)
+
+    def result(self) -> Tensor:
+        return self[:] if self.memory is None else self.memory
+
+
 class _Sums:
     """Gradients that are sums over blocks, None until something came."""
 
@@ -237,28 +260,31 @@ def norm_gelu_linear(
     rows, channels = x.shape
     norm = _Norm(x, norm_weight, norm_bias, normalise, eps)
     narrow, narrow_bias = weight.to(dtype), None if bias is None else bias.to(dtype)
-    cells = upsample**2
-    y = x.new_empty(rows * cells, weight.shape[0] // cells, dtype=out_dtype)
-    runs = runs_of(y, upsample, width)
-    stats = [x.new_empty(rows if normalise else 0, dtype=norm.wide) for _ in range(2)]
-    kept = x.new_empty(rows if keep else 0, channels, dtype=dtype)
+    y = _Rows(x, rows, weight.shape[0], out_dtype)
+    mean, rstd = (_Rows(x, rows if normalise else 0, 1, norm.wide) for _ in range(2))
+    kept = _Rows(x, rows if keep else 0, channels, dtype)
+    if upsample > 1:
+        cells = upsample**2
+        y = _Rows(x, rows * cells, weight.shape[0] // cells, out_dtype)
+        runs = runs_of(y.result(), upsample, width)
     for part in _blocks(x, max(weight.shape), width):
-        h, *found = norm(x[part])
-        h = _gelu(h, tanh)
+        h, m, r = norm(x[part])
+        if normalise:
+            mean.put(part, m)
+            rstd.put(part, r)
+        h = _gelu(h, tanh).to(dtype)
         if keep:
-            h = kept[part].copy_(h)
-        for stat, value in zip(stats, found if normalise else (), strict=False):
-            stat[part] = value[:, 0]
-        h = h.to(dtype)
+            kept.put(part, h)
+        if residual is None and upsample == 1 and part.stop - part.start < rows:
+            _linear_into(y[part], h, narrow, narrow_bias)
+            continue
+        product = F.linear(h, narrow, narrow_bias)
         if upsample > 1:
             place = runs[part.start // width : part.stop // width]
-            place.copy_(F.linear(h, narrow, narrow_bias).view(place.shape))
-        elif residual is None and out_dtype == dtype:
-            _linear_into(y[part], h, narrow, narrow_bias)
+            place.copy_(product.view(place.shape))
         else:
-            product = F.linear(h, narrow, narrow_bias)
-            y[part] = product if residual is None else torch.add(product, residual[part])
-    return y, *stats, kept
+            y.put(part, product if residual is None else torch.add(product, residual[part]))
+    return y.result(), mean.result()[:, 0], rstd.result()[:, 0], kept.result()
 
 
 def norm_gelu_linear_backward(
@@ -286,15 +312,15 @@ def norm_gelu_linear_backward(
     """
     norm = _Norm(x, norm_weight, norm_bias, normalise, eps)
     narrow = weight.to(dtype)
-    grad_x = x.new_empty(x.shape) if wants[0] else None
+    grad_x = _Rows(x, *x.shape, x.dtype)
     sums = _Sums(3)
     again = wants[3] and not len(kept)
     # Products of half precision are rounded: there must be one, not a sum of them.
     whole = wants[3] and dtype != wider(dtype)
     acts = x.new_empty(x.shape, dtype=dtype) if again and whole else kept
-    runs = runs_of(grad_y, upsample, width)
-    if whole and upsample > 1:
-        grad_y = runs.reshape(x.shape[0], weight.shape[0])
+    if upsample > 1:
+        runs = runs_of(grad_y, upsample, width)
+        grad_y = runs.reshape(x.shape[0], weight.shape[0]) if whole else grad_y
     for part in _blocks(x, max(weight.shape), width):
         block = x[part]
         grad = grad_y[part]
@@ -313,17 +339,18 @@ def norm_gelu_linear_backward(
             grad, gw, gb = norm.backward(grad, block, mean[part], rstd[part], wants)
             sums.add(0, gw)
             sums.add(1, gb)
-        if grad_x is not None:
-            grad_x[part] = grad.add_(grad_y[part]) if skip else grad
+        if wants[0]:
+            grad_x.put(part, grad.add_(grad_y[part]) if skip else grad)
     if whole:
         grad_weight = weight_product(grad_y.to(dtype), acts, weight.dtype)
     else:
         grad_weight = sums.result(2, weight, wants[3])
     grad_bias = None
     if bias is not None and wants[4]:
-        grad_bias = runs.sum((0, 1), dtype=wider(grad_y.dtype)).flatten().to(bias.dtype)
+        each = (runs, (0, 1)) if upsample > 1 else (grad_y, 0)
+        grad_bias = torch.sum(*each, dtype=wider(grad_y.dtype)).flatten().to(bias.dtype)
     norms = sums.result(0, norm_weight, wants[1]), sums.result(1, norm_bias, wants[2])
-    return grad_x, *norms, grad_weight, grad_bias
+    return grad_x.result() if wants[0] else None, *norms, grad_weight, grad_bias
 
 
 def joined(x: Tensor, layers: int) -> bool:
