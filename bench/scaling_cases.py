@@ -105,7 +105,7 @@ class Step:
     """A step of ranks: student with heads, loss, backward, gradients averaged over the ranks.
 
     Attributes:
-        ranks: processes, each with one thread or one GPU and images of its own.
+        ranks: processes, each with one core or one GPU and images of its own.
         student: the preset.
         images, side: of each rank, and patches per side.
         teachers, out: heads and their channels.
@@ -240,7 +240,7 @@ SIZES: dict[str, Sizes] = {
     ),
     "cpu": Sizes(
         "B", (256, 512, 1024, 2048), (2, 4, 8, 16, 32), 256,
-        "tiny", (8, 12, 16, 24, 32), 1, (1, 2, 4, 8), 8,
+        "tiny", (6, 8, 12, 16, 24), 1, (1, 2, 4, 8), 8,
         Heads(1, 2, 16, 384, 768), (1, 2, 4, 8), 1, 1024, (1, 2, 4, 8),
         Step(1, "tiny", 4, 8, 2, 384),
     ),

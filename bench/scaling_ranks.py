@@ -1,8 +1,8 @@
 """A training step on several ranks: real processes, whose gradients DDP averages.
 
-`Ranks` starts them, each with one thread on a CPU (gloo, localhost) or one GPU each (NCCL), and a
-call lets all of them make one step. Started as ``python -m bench.scaling_ranks`` this is a rank: it
-reads a word a line from standard input and answers each with a line.
+`Ranks` starts them, each with one thread on a core of its own (gloo, localhost) or with one GPU
+(NCCL), and a call lets all of them make one step. Started as ``python -m bench.scaling_ranks`` this
+is a rank: it reads a word a line from standard input and answers each with a line.
 """
 
 from __future__ import annotations
@@ -122,7 +122,11 @@ def serve(settings: dict[str, Any], asked: TextIO, answers: TextIO) -> None:
     rank, device, folder = (settings.pop(name) for name in ("rank", "device", "folder"))
     work = Step(**settings)
     place = device
-    if device == "cuda":
+    if device == "cpu":
+        # Left alone, a rank that waits for another is woken on that one's core, and stays there.
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[rank % len(cores)]})
+    else:
         torch.cuda.set_device(rank)
         place = f"cuda:{rank}"
     torch.set_num_threads(1)
