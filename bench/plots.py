@@ -13,6 +13,7 @@ from bench.roofline import default_dtype
 BARS = 12  # of a suite
 CASES = 4
 LABEL = 62  # characters of a case
+PEER = 44  # of a peer
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; a shape each besides.
 STYLES = {
@@ -23,8 +24,8 @@ STYLES = {
     "student": ("#56B4E9", "v"),
     "step": ("#E69F00", "P"),
     "data": ("#F0E442", "X"),
-    "teachers": ("#999999", "<"),
-    "scaling": ("#009E73", ">"),
+    "teachers": ("#009E73", "<"),
+    "scaling": ("#999999", ">"),
 }
 
 
@@ -84,7 +85,7 @@ def draw(results: Mapping[str, Any], folder: Path, device: str) -> list[Path]:
 # ---- Ratios ----
 
 ROW, HEAD, TITLE, FOOT = 0.215, 0.30, 0.42, 0.42  # inches: a bar, a case, a suite, its axis
-WIDTH, NAMES, MEMORY = 6.9, 2.75, 0.75  # of a panel, its peers' names, and the column of memory
+WIDTH, NAMES, MEMORY = 7.3, 3.3, 0.75  # of a panel, its peers' names, and the column of memory
 TOP, GAP = 1.0, 0.25
 
 
@@ -121,14 +122,17 @@ def headline(suite: Mapping[str, Any]) -> list[tuple[str, list[Bar]]]:
 def _bar(row: Mapping[str, Any], suite: Mapping[str, Any]) -> Bar:
     low, middle, high = row["ours_over_theirs"]["time"]
     memory = row["ours_over_theirs"].get("memory")
-    words = suite["peers"][row["peer"]]
+    words = _cut(suite["peers"][row["peer"]], PEER)
     return Bar(words, (1 / high, 1 / middle, 1 / low), 1 / memory if memory else None)
 
 
 def _label(facts: Mapping[str, Any]) -> str:
     label, what = facts["label"].replace("->", "→"), facts["pass"].replace("+", " + ")
-    room = LABEL - len(what)
-    return f"{label if len(label) <= room else label[: room - 1] + '…'}, {what}"
+    return f"{_cut(label, LABEL - len(what))}, {what}"
+
+
+def _cut(text: str, room: int) -> str:
+    return text if len(text) <= room else text[: room - 1].rstrip(" ,") + "…"
 
 
 def ratios(results: Mapping[str, Any], theme: Theme) -> Any:
@@ -226,7 +230,7 @@ def _panel(
                 )
             y += ROW
     axis.axvline(1, color=theme.ink, linewidth=1, zorder=3)
-    steps = (1, 2, 5) if limits[1] / limits[0] < 200 else (1,)
+    steps = (1, 2, 5) if limits[1] / limits[0] < 100 else (1, 3)
     ticks = [base * 10.0**power for power in range(-2, 4) for base in steps]
     axis.set_xticks([tick for tick in ticks if limits[0] <= tick <= limits[1]])
     axis.xaxis.set_minor_locator(NullLocator())

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-WIDE = 40  # characters of a peer in words
+WIDE = 40, 66  # characters of a peer in words, at least and at most
 
 
 def summary(results: Mapping[str, Any]) -> str:
@@ -45,11 +45,13 @@ def _head(results: Mapping[str, Any]) -> str:
 
 
 def _suite(name: str, suite: Mapping[str, Any]) -> list[str]:
+    shown = {row["peer"] for duel in suite["duels"] for row in duel["rows"][1:]}
+    wide = min(max(WIDE[0], *(len(suite["peers"][peer]) for peer in shown), 0), WIDE[1])
     title = f"{name} ({suite['seconds']:.0f} s): ours / theirs"
-    lines = [f"{title:{WIDE + 6}} {'time (95 % interval)':>24} {'memory':>8} {'+inputs':>8}"]
+    lines = [f"{title:{wide + 6}} {'time (95 % interval)':>24} {'memory':>8} {'+inputs':>8}"]
     absent: dict[tuple[str, str], int] = {}
     for duel in suite["duels"]:
-        lines += _duel(duel, suite)
+        lines += _duel(duel, suite, wide)
         for peer, why in duel["absent"].items():
             absent[peer, why] = absent.get((peer, why), 0) + 1
     for fit in suite.get("fits", ()):
@@ -66,7 +68,7 @@ def _suite(name: str, suite: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _duel(duel: Mapping[str, Any], suite: Mapping[str, Any]) -> list[str]:
+def _duel(duel: Mapping[str, Any], suite: Mapping[str, Any], wide: int) -> list[str]:
     first, facts = duel["rows"][0], suite["cases"][duel["case"]]
     words = [f"{first['ms'][1]:g} ms", f"{first['memory_mb']:g} MB"]
     if "tflops" in first:
@@ -84,7 +86,7 @@ def _duel(duel: Mapping[str, Any], suite: Mapping[str, Any]) -> list[str]:
         for key in ("memory", "memory_with_inputs"):
             cells.append(f"{ratio[key]:8.3f}" if key in ratio else " " * 8)
         extra = [f"saved {ratio['saved']:.3f}"] if "saved" in ratio else []
-        line = f"      {suite['peers'][row['peer']]:{WIDE}} " + " ".join(cells)
+        line = f"      {suite['peers'][row['peer']]:{wide}} " + " ".join(cells)
         lines.append("   ".join([line.rstrip(), *extra, *_goals(row)]))
     return lines
 

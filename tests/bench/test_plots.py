@@ -90,6 +90,11 @@ def test_colours_say_who_is_ahead() -> None:
     assert colours == [theme.ahead, theme.behind, theme.even]
 
 
+def test_long_names_are_cut() -> None:
+    assert plots._cut("one, two", 8) == "one, two"
+    assert plots._cut("one, two", 6) == "one…"
+
+
 def test_columns_are_about_equally_tall() -> None:
     assert plots._columns({"a": 1.0}) == [["a"]]
     assert plots._columns({"a": 3.0, "b": 1.0, "c": 1.0, "d": 1.0}) == [["a"], ["b", "c", "d"]]
