@@ -138,7 +138,7 @@ def test_intervals_shrink_with_the_rounds() -> None:
     width = [high - low for low, _, high in map(intervals.median_interval, (few, many))]
     assert width[1] < width[0] / 4
     assert intervals.median_interval([2.0]) == [2.0, 2.0, 2.0]
-    assert intervals.median_interval(few) == intervals.median_interval(few)  # a fixed seed
+    assert intervals.median_interval(many) == intervals.median_interval(many)  # a fixed seed
 
 
 def test_which_roof_binds() -> None:
