@@ -13,7 +13,8 @@ import numpy as np
 from bench import intervals
 from bench.roofline import roofs
 
-LARGEST = 200_000  # bytes of a result file
+LARGEST = 200_000  # bytes of a result file, as long as that leaves so many rounds of each peer:
+FEWEST = 10
 OWN = {"memory_bytes", "input_bytes", "seconds", "repeats"}  # of a raw row, with keys of their own
 
 NOTES = {
@@ -187,8 +188,9 @@ def write(results: dict[str, Any], path: Path) -> int:
     """JSON with a line for each row and each case, which a diff can show.
 
     Where that takes more than ``LARGEST`` bytes, every second round of the longest lists of samples
-    is left out, again and again, until it fits; ``notes`` then says so. Medians and intervals stay
-    those of all rounds.
+    is left out, again and again, until it fits or none is longer than twice ``FEWEST``, with which
+    two files can still be compared; ``notes`` then says so. Medians and intervals stay those of all
+    rounds.
 
     Returns:
         The number of bytes written.
@@ -197,7 +199,7 @@ def write(results: dict[str, Any], path: Path) -> int:
     while len(text.encode()) > LARGEST:
         rows = [r for s in results["suites"].values() for d in s["duels"] for r in d["rows"]]
         longest = max((len(row["samples_ms"]) for row in rows), default=0)
-        if longest < 4:
+        if longest < 2 * FEWEST:
             break
         for row in rows:
             if len(row["samples_ms"]) == longest:

@@ -189,3 +189,15 @@ def test_long_lists_of_samples_are_thinned_alike(
     assert duel["rows"][0]["samples_ms"] == all_of_them[::step]
     assert duel["rows"][0]["ms"] == interval
     assert len({len(row["samples_ms"]) for row in duel["rows"]}) == 1  # rounds stay paired
+
+
+def test_what_a_comparison_needs_is_kept_however_large_the_file(
+    made_up: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(intervals, "RESAMPLED", 20)
+    monkeypatch.setattr(report, "LARGEST", 1000)
+    for rounds, kept in ((7, 7), (19, 19), (20, 10), (45, 12)):
+        found = report.condense(made_up.raw(("loss",), rounds=rounds), "python -m bench")
+        report.write(found, tmp_path / "cpu.json")
+        duels = json.loads((tmp_path / "cpu.json").read_text())["suites"]["loss"]["duels"]
+        assert {len(row["samples_ms"]) for duel in duels for row in duel["rows"]} == {kept}
