@@ -138,6 +138,9 @@ def own_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (here / "scaling.py").write_text(MODULE)
     (here / "conftest.py").write_text((ROOT / "bench" / "conftest.py").read_text())
     monkeypatch.setattr(command_line, "HERE", here)
+    # Under xdist, pytest-benchmark would measure nothing in the command's own pytest either.
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     return tmp_path / "out"
