@@ -16,7 +16,7 @@ from fastagglo.model import StudentConfig
 from fastagglo.model.cost import student_flops
 from fastagglo.teachers import Teacher
 from fastagglo.teachers.base import TeacherSpec
-from fastagglo.train.config import GroupSettings, RunConfig, TeacherSettings
+from fastagglo.train.config import GroupSettings, HeadSettings, RunConfig, TeacherSettings
 from fastagglo.train.loop import build_student, stated_widths
 from fastagglo.train.recipe import load_recipe
 
@@ -114,16 +114,19 @@ class Case:
         )
         return replace(
             base,
-            teachers={name: _sized(pool[name], side) for name, side in self.teachers},
+            teachers={name: self._teacher(pool[name], side) for name, side in self.teachers},
             stages=(stage,),
             data=demo.data,
             eval=replace(base.eval, points=0, sizes=()),
             log=replace(base.log, progress=False, tensorboard=False),
         )
 
-
-def _sized(settings: TeacherSettings, side: int) -> TeacherSettings:
-    return replace(settings, sizes=(side,)) if side else settings
+    def _teacher(self, settings: TeacherSettings, side: int) -> TeacherSettings:
+        if side:
+            settings = replace(settings, sizes=(side,))
+        # Another recipe's heads were made for its student: heads as wide as the student, then. The
+        # tokens for each hidden channel, 8 in the demo, are about as many as in the recipes.
+        return replace(settings, head=HeadSettings()) if self.teachers_of else settings
 
 
 @functools.cache
