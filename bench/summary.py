@@ -56,9 +56,15 @@ def _suite(name: str, suite: Mapping[str, Any]) -> list[str]:
             absent[peer, why] = absent.get((peer, why), 0) + 1
     for fit in suite.get("fits", ()):
         who = "" if fit["peer"] == "fastagglo" else f", {suite['peers'][fit['peer']]}"
+        flops = [
+            f"; FLOPs: {facts['expected_exponent']:.2f}"
+            for facts in suite["cases"].values()
+            if (facts.get("series"), facts.get("axis")) == (fit["series"], fit["axis"])
+            and "expected_exponent" in facts
+        ]
         lines.append(
             f"  {fit['series']}{who}: time ~ ({fit['axis']})^{fit['exponent']:.2f} "
-            f"({fit['low']:.2f} .. {fit['high']:.2f})"
+            f"({fit['low']:.2f} .. {fit['high']:.2f}{''.join(flops[:1])})"
         )
     cases = len(suite["duels"])
     for (peer, why), count in absent.items():

@@ -107,6 +107,10 @@ def test_curves(made_up: ModuleType) -> None:
     assert (fit["series"], fit["axis"], fit["points"]) == ("tokens of the step", "tokens", 5)
     assert fits.keys() == {"fastagglo", "plain"}
     assert "tokens of the step: time ~ (tokens)^" in summary(found)
+    assert "FLOPs" not in summary(found)
+    for facts in found["suites"]["scaling"]["cases"].values():
+        facts["expected_exponent"] = 1.24
+    assert "; FLOPs: 1.24)" in summary(found)
 
 
 def test_an_exponent_by_hand() -> None:
