@@ -22,9 +22,6 @@ import sys
 # Before torch loads OpenMP: its threads would otherwise spin while they wait for one another, and
 # where anything else wants a core (a browser, a second run) spinning makes a step 5 times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Before torch allocates on the CPU: tensors of 2 MiB and more in huge pages. Without them the demo
-# takes 20,000 page faults a step, 5 to 8 % of its processor time; where Linux has none, no change.
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 from fastagglo.errors import UserError
 from fastagglo.train import (
