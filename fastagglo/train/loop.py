@@ -40,6 +40,7 @@ from fastagglo.train.recipe import save_config
 from fastagglo.train.schedule import Planner, eval_steps, learning_rate
 from fastagglo.train.targets import finite_teachers, load_teachers, teacher_features
 from fastagglo.train.telemetry import Telemetry
+from fastagglo.train.verdict import Verdict
 
 
 def build_student(
@@ -144,7 +145,8 @@ class Trainer:
         self.held_out = HeldOut(config, self.data, self.planner, self.cache)
         self.skips = SkipCounter(limit_fraction=config.data.max_bad_share)
         self.step, self.bad_steps = 0, 0
-        self.stop_requested = False
+        self.stop_requested = False  # on this rank
+        self._stopping = False  # on all ranks
         self._frozen: bool | None = None
         self._module: nn.Module = self.distiller
         if resume is not None:
@@ -188,7 +190,7 @@ class Trainer:
                 counts = {part: len(getattr(warm, part)) for part in parts}
                 self.telemetry.event("warm_start", step=0, **counts)
             saved = -1
-            while self.step < total and all_agree(not self.stop_requested, self.device):
+            while self.step < total and not self._stops():
                 self._one_step(batches)
                 self.step += 1
                 if self.step % config.log.checkpoint_every == 0:
@@ -217,7 +219,7 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         losses: dict[str, Tensor] = {}
         images = tokens = 0
-        problem = ""
+        verdict = Verdict(list(self.teachers), self.device)
         for micro in range(micro_steps):
             with telemetry.phase("data"):
                 batch = next(batches)
@@ -228,19 +230,13 @@ class Trainer:
                 batch = batch.to(self.device)
             with telemetry.phase("teachers"):
                 targets = self._targets(batch.groups)
-                bad = [name for name, ok in finite_teachers(targets).items() if not ok]
-            finite = all_agree(not bad, self.device)
-            # Not observed if not finite; yet this may be the step that ends a fit.
-            self._statistics(targets if finite else [], first=micro == 0)
-            if not finite:
-                problem = f"features of {', '.join(bad) or 'a teacher'} are not finite"
-                continue
+                finite = finite_teachers(targets)
+                verdict.features(finite)
+            self._statistics(targets, finite, first=micro == 0)
             with telemetry.phase("student"):
                 _seed(config.seed, step * micro_steps + micro, self.rank)
                 output = self._forward(batch, targets)
-                if not all_agree(bool(output.total.isfinite()), self.device):
-                    problem = "the loss is not finite"
-                    continue
+                verdict.loss(output.total)
                 (output.total / micro_steps).backward()
             for name, loss in output.teachers.items():
                 losses[name] = losses.get(name, 0.0) + loss / micro_steps
@@ -249,8 +245,8 @@ class Trainer:
         with telemetry.phase("optimiser"):
             parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
             norm = nn.utils.clip_grad_norm_(parameters, config.optimiser.clip or math.inf)
-            if not problem and not norm.isfinite():
-                problem = "the gradient is not finite"
+            verdict.gradient(norm)
+            problem, self._stopping = verdict.read(stop=self.stop_requested)
             if not problem:
                 self.optimiser.step()
                 if self.ema is not None:
@@ -268,6 +264,10 @@ class Trainer:
             grad_norm=norm,
             skipped=dict(self.skips.counts),
         )
+
+    def _stops(self) -> bool:
+        """Whether to stop now; of several ranks, all must know."""
+        return self.stop_requested if self.world == 1 else self._stopping
 
     def _targets(self, groups: Sequence[GroupViews]) -> list[dict[str, Features]]:
         if self.cache is not None:
@@ -329,12 +329,16 @@ class Trainer:
                 )
         self.distiller.train()
 
-    def _statistics(self, targets: list[dict[str, Features]], *, first: bool) -> None:
+    def _statistics(
+        self, targets: list[dict[str, Features]], finite: dict[str, Tensor], *, first: bool
+    ) -> None:
         """Fit the teachers' statistics in the first steps of a stage; figures at the start."""
         index, stage_step = self.config.stage_at(self.step)
         fit_steps = self.config.stages[index].phi_s_steps
         if stage_step < fit_steps:
-            self.distiller.observe(targets)
+            # Not observed if not finite; yet this may be the step that ends a fit.
+            fine = all(bool(ok) for ok in finite.values())
+            self.distiller.observe(targets if all_agree(fine, self.device) else [])
             seen = stage_step + 1
             settle = seen == fit_steps
             # In the first stage nothing better is in use, so the early estimates are; they are

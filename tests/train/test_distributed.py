@@ -178,8 +178,8 @@ def rank_of_trainer(rank: int, folder: Path) -> None:
 
     def then_stop(batches: object) -> None:
         one_step(batches)
-        if stopped.step == 1 and rank == 1:
-            stopped.stop_requested = True
+        if stopped.step == 0 and rank == 1:
+            stopped.stop_requested = True  # which the other one hears at the end of the next step
 
     stopped._one_step = then_stop
     assert not stopped.run(here)
