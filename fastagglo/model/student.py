@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -129,11 +129,95 @@ class Student(nn.Module):
         }
         return StudentOutput(features, Features(summary.flatten(1), _grids(spatial, place, 1)))
 
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The trunk's tokens of images of one size, as timm's vision transformers give them.
+
+        Args:
+            x: (N, 3, H, W) images as ``PackedBatch.from_images`` takes.
+
+        Returns:
+            (N, prefix + h * w, C): CLS tokens, registers, patches row by row, after the last norm.
+
+        Raises:
+            TypeError, ValueError: as of :meth:`forward`; ``x`` must be one tensor.
+        """
+        return self.forward_intermediates(x, 1, norm=True, output_fmt="NLC")[0]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Any] | tuple[Tensor, list[Any]]:
+        """Outputs of chosen blocks, with the arguments of timm's method of this name.
+
+        Args:
+            x: (N, 3, H, W) images as ``PackedBatch.from_images`` takes.
+            indices: a number n for the last n blocks, block numbers (negative: from the end), or
+                None for all.
+            return_prefix_tokens: pair each output with its CLS and register tokens.
+            norm: apply the last norm to each output.
+            output_fmt: ``"NCHW"`` for (N, C, h, w), ``"NLC"`` for (N, h * w, C).
+            intermediates_only: leave out the final tokens.
+
+        Returns:
+            the outputs in the order of the blocks, each a patch tensor or (patches, (N, prefix,
+            C)); unless ``intermediates_only``, after the final tokens (N, prefix + h * w, C).
+
+        Raises:
+            TypeError, ValueError: as of :meth:`forward`, or an unknown block or format.
+        """
+        if not isinstance(x, Tensor):
+            raise TypeError(f"student: x must be a (N, 3, H, W) tensor, got {type(x).__name__}")
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"student: output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        taken = self._taken(indices)
+        batch = PackedBatch.from_images([x])
+        place = self._geometry(batch, "config")
+        images, prefix = batch.num_images, self.config.prefix_tokens
+        tokens = self._embed(batch, place, None)
+        last = self._run_blocks(tokens, place, self._draw_keep(images, tokens, None), taken)
+        (_, h, w), found = place.grids[0], []
+        for value in taken.values():
+            value = self.norm(value) if norm else value
+            before, patches = value.view(images, prefix + h * w, -1).tensor_split([prefix], dim=1)
+            if output_fmt == "NCHW":
+                patches = patches.unflatten(1, (h, w)).permute(0, 3, 1, 2).contiguous()
+            found.append((patches, before) if return_prefix_tokens else patches)
+        if intermediates_only:
+            return found
+        return self.norm(last).view(images, prefix + h * w, -1), found
+
+    def _taken(self, indices: int | Sequence[int] | None) -> dict[int, Tensor | None]:
+        depth = self.config.depth
+        if indices is None or isinstance(indices, int):
+            count = depth if indices is None else indices
+            if isinstance(indices, bool) or not 1 <= count <= depth:
+                raise ValueError(f"student: indices must be 1 to {depth} blocks, got {indices!r}")
+            return dict.fromkeys(range(depth - count, depth))
+        if bad := [i for i in indices if not -depth <= i < depth]:
+            raise ValueError(f"student: indices must be blocks 0 to {depth - 1}, got {bad}")
+        return dict.fromkeys(sorted({i % depth for i in indices}))
+
     def _trunk(
         self, batch: PackedBatch, place: Geometry, generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """The backbone: CLS tokens (N, CLS tokens, C) and patches (sum of N_i h_i w_i, C)."""
         images, prefix = batch.num_images, self.config.prefix_tokens
+        x = self._embed(batch, place, generator)
+        x = self.norm(self._run_blocks(x, place, self._draw_keep(images, x, generator)))
+        x = reorder(x, place.unpack, place.pack)
+        tokens, patches = x.split([place.prefix_rows, len(x) - place.prefix_rows])
+        return tokens.view(images, prefix, self.config.width)[:, : len(self.cls_tokens)], patches
+
+    def _embed(
+        self, batch: PackedBatch, place: Geometry, generator: torch.Generator | None
+    ) -> Tensor:
+        """What the first block reads: (T, C) in packed order."""
+        images = batch.num_images
         dtype = self.patch_embed.weight.dtype
         patches = self.patch_embed(patchify(batch.groups, self.config.patch_size).to(dtype))
         if self.training:
@@ -142,13 +226,16 @@ class Student(nn.Module):
             patches = patches + self.positions(place.grids)
         tokens = torch.cat([torch.stack(list(self.cls_tokens.values())), self.registers])
         rows = torch.cat([tokens.repeat(images, 1), patches.to(tokens.dtype)])
-        x = reorder(rows, place.pack, place.unpack)
-        x = self.norm(self._run_blocks(x, place, self._draw_keep(images, x, generator)))
-        x = reorder(x, place.unpack, place.pack)
-        tokens, patches = x.split([place.prefix_rows, len(x) - place.prefix_rows])
-        return tokens.view(images, prefix, self.config.width)[:, : len(self.cls_tokens)], patches
+        return reorder(rows, place.pack, place.unpack)
 
-    def _run_blocks(self, x: Tensor, place: Geometry, keep: Tensor | None) -> Tensor:
+    def _run_blocks(
+        self,
+        x: Tensor,
+        place: Geometry,
+        keep: Tensor | None,
+        taken: dict[int, Tensor] | None = None,
+    ) -> Tensor:
+        """The last block's output in packed order; ``taken`` gets that of the layers it names."""
         windows, global_layers = place.windows, self.config.global_layer_set
         bypass: Tensor | None = None  # the prefix tokens, while in windowed layers
         for i, block in enumerate(self.blocks):
@@ -165,6 +252,10 @@ class Student(nn.Module):
                 image = place.image_ids if windowed else place.layout.segment_ids
                 factors = keep[i].index_select(1, image)[..., None]
             x = self._run_block(block, x, layout, factors)
+            if taken is not None and i in taken:
+                taken[i] = x
+                if windowed:
+                    taken[i] = reorder(torch.cat([bypass, x]), windows.leave, windows.enter)
         return x  # in packed order: the last layer is always global
 
     def _run_block(self, block: Block, *args: Any) -> Tensor:
