@@ -20,7 +20,7 @@ from bench.engine import Unavailable
 from bench.loss_cases import Case
 from bench.measure import once
 from fastagglo.ops import Affine, LossTerm, multi_teacher_loss, use_backend
-from fastagglo.ops.loss_torch import comparison_grid, grid_of, valid_cells
+from fastagglo.ops.loss_grids import comparison_grid, grid_of, valid_cells
 from fastagglo.ops.reference import loss as reference
 
 Loss = Callable[[Sequence[Tensor]], Tensor]

@@ -21,7 +21,8 @@ from torch import Tensor
 from fastagglo.kernels import loss as kernel
 from fastagglo.ops import loss_triton
 from fastagglo.ops.backend import resolve
-from fastagglo.ops.loss_torch import TermLoss, comparison_grid, grid_of, valid_cells
+from fastagglo.ops.loss_grids import comparison_grid, grid_of, valid_cells
+from fastagglo.ops.loss_torch import TermLoss
 
 __all__ = ["Affine", "LossTerm", "MultiTeacherLoss", "multi_teacher_loss", "term_image_weights"]
 

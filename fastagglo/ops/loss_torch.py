@@ -1,133 +1,38 @@
 """The PyTorch path of the multi-teacher loss: one term, block by block, loss and gradient at once.
 
-What to compute is said in ``loss.py``. This file says how: the geometry of comparison cells, the
-losses of a block of tokens, the loop over blocks, and the two operators with their autograd node.
+What to compute is said in ``loss.py``, where a comparison cell reads in ``loss_grids.py``. This
+file has the losses of a block of tokens, the loop over blocks, and the two operators with their
+autograd node.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fastagglo.ops.loss_grids import (
+    Resampling,
+    Scratch,
+    Whole,
+    grid_of,
+    in_dtype,
+    read,
+    scatter,
+    target_taps,
+)
+
 COSINE_SHARE = 0.9  # of cosine_smooth_l1, the rest is smooth L1: AM-RADIO, arXiv 2312.06709
 EPS = 1e-8  # a shorter vector has no direction; the eps of F.cosine_similarity
 COSINE_LIMIT = 1 - 1e-6  # of "angular": the slope of arccos has no bound at +-1
-SNAP = 1e-6  # cells: a sample this close to a cell centre is that cell, whatever rounding says
 BLOCK = 1 << 20  # elements, 4 MiB in fp32: long enough to be worth waking a second thread
-
-
-# Geometry: which cells of the target a comparison cell reads, and whether it is compared
-
-
-class _Taps(NamedTuple):
-    """Linear interpolation along one axis, ``(1 or N, cells)`` each."""
-
-    low: Tensor
-    high: Tensor  # equal to low where its weight is zero: a masked neighbour is never touched
-    weight: Tensor
-    inside: Tensor
-    whole: bool = False  # known to be without weights, which spares reading high
-
-    def looked_at(self) -> _Taps:
-        """Sets ``whole``, if no device must be waited for."""
-        return self._replace(whole=self.weight.device.type == "cpu" and not self.weight.any())
-
-
-def grid_of(shape: Sequence[int]) -> tuple[int, int]:
-    return (shape[1], shape[2]) if len(shape) == 4 else (1, 1)
-
-
-def comparison_grid(
-    prediction_shape: Sequence[int], target_shape: Sequence[int], resize: str
-) -> tuple[int, int]:
-    prediction, target = grid_of(prediction_shape), grid_of(target_shape)
-    if resize == "larger":
-        return max(prediction[0], target[0]), max(prediction[1], target[1])
-    return prediction if resize == "student" else target
-
-
-def _taps(cells: int, prediction: int, source: int, shift: Tensor) -> _Taps:
-    """How ``cells`` cells over a view of ``prediction`` cells read ``source`` cells, shifted.
-
-    fp64 throughout: an fp32 position at cell 100 is off by more than ``SNAP``.
-    """
-    centre = torch.arange(cells, dtype=torch.float64, device=shift.device) + 0.5
-    place = (centre * (prediction / cells) - shift[:, None]) * (source / prediction)
-    inside = (place >= -SNAP) & (place <= source + SNAP)
-    place = torch.nan_to_num(place - 0.5).clamp(0, source - 1)
-    nearest = place.round()
-    place = torch.where((place - nearest).abs() < SNAP, nearest, place)
-    low = place.floor()
-    weight = place - low
-    return _Taps(low.long(), (low + (weight > 0)).long(), weight, inside)
-
-
-def _target_taps(
-    shift: Tensor | None,
-    prediction: tuple[int, int],
-    target: tuple[int, int],
-    grid: tuple[int, int],
-    device: torch.device,
-) -> list[_Taps] | None:
-    """Rows' and columns' taps of the target, or None if the comparison reads it cell by cell."""
-    if shift is None:
-        if target == grid:
-            return None
-        shift = torch.zeros(1, 2, dtype=torch.float64, device=device)
-    return [_taps(grid[a], prediction[a], target[a], shift[:, a]) for a in (0, 1)]
-
-
-def valid_cells(
-    valid: Tensor | None,
-    shift: Tensor | None,
-    prediction: tuple[int, int],
-    target: tuple[int, int],
-    grid: tuple[int, int],
-) -> Tensor | None:
-    """The comparison cells that count, bool ``(1 or N, rows, columns)``; None if all do."""
-    given = valid if valid is not None else shift
-    if given is None:
-        return None
-    taps = _target_taps(shift, prediction, target, grid, given.device)
-    if taps is None:
-        return valid
-    rows, columns = taps
-    inside = rows.inside[:, :, None] & columns.inside[:, None, :]
-    if valid is None:
-        return inside
-    image = torch.arange(valid.shape[0], device=valid.device)[:, None]
-    cells = valid[image, rows.low] & valid[image, rows.high]
-    cells = cells.transpose(1, 2)
-    cells = cells[image, columns.low] & cells[image, columns.high]
-    return cells.transpose(1, 2) & inside
+RESIZED = 8  # blocks: the largest image that is resized whole rather than row by row
 
 
 # The loss of a block of tokens
-
-
-class _Scratch:
-    """Memory that one block after another uses.
-
-    An allocation for each block costs more than its arithmetic: malloc gives large ones back to the
-    system at once, and the page faults come anew.
-    """
-
-    def __init__(self, like: Tensor) -> None:
-        self._like = like
-        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
-
-    def __call__(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor; the next one of this name and dtype overwrites it."""
-        size = math.prod(shape)
-        kept = self._kept.get((name, dtype))
-        if kept is None or kept.numel() < size:
-            kept = self._kept[name, dtype] = self._like.new_empty(size, dtype=dtype)
-        return kept[:size].view(shape)
 
 
 def _token_losses(
@@ -139,7 +44,7 @@ def _token_losses(
     loss: Tensor,
     factor: Tensor,
     out: Tensor | None,
-    scratch: _Scratch,
+    scratch: Scratch,
 ) -> None:
     """Write the losses (T,) of predictions x and targets t * scale, (T, C), and x's gradients.
 
@@ -228,78 +133,42 @@ def _into(out: Tensor, op: Any, *operands: Any, work: Tensor, **more: Any) -> No
 
 
 def _blocks(
-    images: int, rows: int, columns: int, channels: int, together: bool
+    images: int, rows: int, columns: int, channels: int, together: bool, whole: bool = False
 ) -> Iterator[tuple[slice, slice]]:
-    """Slices of images and of their rows: several small images or some rows of one, in order."""
+    """Slices of images and of their rows: several small images or some rows of one, in order.
+
+    Args:
+        images, rows, columns, channels: of all.
+        together: whether a block may have several images.
+        whole: an image is never cut, however large.
+    """
     cells = max(1, BLOCK // channels)
     group = max(1, cells // (rows * columns)) if together else 1
-    step = rows if rows * columns <= cells else max(1, cells // columns)
+    step = rows if whole or rows * columns <= cells else max(1, cells // columns)
     for image in range(0, images, group):
         for row in range(0, rows, step):
             yield slice(image, min(image + group, images)), slice(row, min(row + step, rows))
 
 
-def _read(
-    name: str,
+def _resampling(
     features: Tensor,
-    taps: list[_Taps] | None,
-    images: slice,
-    rows: slice,
-    dtype: torch.dtype,
-    scratch: _Scratch,
-) -> Tensor:
-    """Comparison cells (n, rows, columns, C) of a block, resampled.
-
-    In the scratch memory ``name``, unless the features themselves are what is asked for.
-    """
-    features = features[images]
-    if taps is None:
-        return _as(name, features[:, rows], dtype, scratch)
-    for dim, tap in ((1, taps[0]), (2, taps[1])):
-        # A shift of its own for each image comes with blocks of one image.
-        image = images.start if len(tap.low) > 1 else 0
-        part = rows if dim == 1 else slice(None)
-        ends = []
-        for place, index in ((name, tap.low), (f"{name} high", None if tap.whole else tap.high)):
-            if index is None:
-                continue
-            place, index = place + " rows" * (dim == 1), index[image, part]
-            shape = [*features.shape[:dim], len(index), *features.shape[dim + 1 :]]
-            cells = scratch(place, shape, features.dtype)
-            torch.index_select(features, dim, index, out=cells)
-            ends.append(_as(place, cells, dtype, scratch))
-        if not tap.whole:
-            weight = tap.weight[image, part].to(dtype).reshape(-1, *[1] * (3 - dim))
-            torch.lerp(*ends, weight, out=ends[0])
-        features = ends[0]
-    return features
-
-
-def _as(name: str, features: Tensor, dtype: torch.dtype, scratch: _Scratch) -> Tensor:
-    """Features in a dtype: themselves, or a copy in scratch memory."""
-    if features.dtype == dtype:
-        return features
-    return scratch(name, features.shape, dtype).copy_(features)
-
-
-def _scatter(
-    gradient: Tensor, taps: list[_Taps], rows: slice, out: Tensor, scratch: _Scratch
-) -> None:
-    """Add the gradient (n, rows, columns, C) of what :func:`_read` read to out (n, h, w, C)."""
-    by_row, by_column = taps
-    shape = (*gradient.shape[:2], out.shape[2], gradient.shape[3])
-    narrow = scratch("narrow", shape, gradient.dtype).zero_()
-    for into, source, dim, tap, part in (
-        (narrow, gradient, 2, by_column, slice(None)),
-        (out, narrow, 1, by_row, rows),
-    ):
-        if tap.whole:
-            into.index_add_(dim, tap.low[0, part], source)
-            continue
-        weight = tap.weight[0, part].to(gradient.dtype).reshape(-1, *[1] * (3 - dim))
-        share = scratch("share", source.shape, source.dtype)
-        into.index_add_(dim, tap.low[0, part], torch.mul(source, 1 - weight, out=share))
-        into.index_add_(dim, tap.high[0, part], torch.mul(source, weight, out=share))
+    prediction: tuple[int, int],
+    grid: tuple[int, int],
+    shift: Tensor | None,
+    masked: bool,
+) -> Resampling | None:
+    """How features, whose grid may be another, are read; None if cell by cell."""
+    source, channels = grid_of(features.shape), features.shape[3]
+    if shift is None and source == grid:
+        return None
+    largest = max(grid[0] * grid[1], source[0] * source[1]) * channels
+    # Beside its speed: a masked neighbour of weight 0 would be touched, and on CUDA the gradient's
+    # sums would come in any order.
+    plain = shift is None and not masked and features.device.type == "cpu"
+    if plain and largest <= RESIZED * BLOCK:
+        return Whole(grid)
+    taps = target_taps(shift, prediction, source, grid, features.device)
+    return taps and [tap.looked_at() for tap in taps]
 
 
 def _term_loss(
@@ -327,22 +196,18 @@ def _term_loss(
     if mean is not None:
         mean, scale = mean.to(dtype), scale.double().reciprocal().to(dtype)
         rotation = None if rotation is None else rotation.to(dtype)
-    grid, source, other = (height, width), grid_of(prediction.shape), grid_of(target.shape)
+    grid, source = (height, width), grid_of(prediction.shape)
     outside = None if cells is None else ~cells.expand(images, *grid)
-    taps_t, taps_x = (
-        taps and [tap.looked_at() for tap in taps]
-        for taps in (
-            _target_taps(shift, source, other, grid, target.device),
-            _target_taps(None, source, source, grid, target.device),
-        )
-    )
+    taps_x = _resampling(prediction, source, grid, None, cells is not None)
+    taps_t = _resampling(target, source, grid, shift, cells is not None)
     loss = prediction.new_empty(images, *grid, dtype=dtype)
     gradient = _kept_gradient(prediction, with_gradient)
     together = shift is None or len(shift) == 1
-    scratch = _Scratch(loss)
-    for part, rows in _blocks(images, *grid, channels, together):
-        x = _read("x", prediction, taps_x, part, rows, dtype, scratch)
-        t = _read("t", target, taps_t, part, rows, dtype, scratch)
+    scratch = Scratch(loss)
+    whole = isinstance(taps_x, Whole) or isinstance(taps_t, Whole)
+    for part, rows in _blocks(images, *grid, channels, together, whole):
+        x = read("x", prediction, taps_x, part, rows, dtype, scratch)
+        t = read("t", target, taps_t, part, rows, dtype, scratch)
         if mean is not None:
             t = torch.sub(t, mean, out=scratch("t", t.shape, dtype))
             if rotation is not None:
@@ -369,10 +234,11 @@ def _term_loss(
         if outside is not None:
             _clear(block, outside[part, rows])
         if taps_x is not None:
-            if rows.start == 0:
-                total = torch.zeros_like(gradient[part], dtype=dtype)
-            _scatter(block, taps_x, rows, total, scratch)
-            if rows.stop == height:
+            total = gradient[part]
+            if gradient.dtype != dtype:
+                total = scratch("total", total.shape, dtype)
+            scatter(block, taps_x, rows, total, scratch)
+            if gradient.dtype != dtype and rows.stop == height:
                 gradient[part] = total
     if outside is not None:
         loss.masked_fill_(outside, 0)
@@ -404,9 +270,9 @@ def _scale_gradient(gradient: Tensor, factor: Tensor, out: Tensor) -> Tensor:
     factor = factor[:, None, None, None]
     if factor.dtype == out.dtype == gradient.dtype:
         return torch.mul(gradient, factor, out=out)
-    scratch = _Scratch(factor)
+    scratch = Scratch(factor)
     for part, rows in _blocks(*gradient.shape, together=True):
-        block = _as("block", gradient[part, rows], factor.dtype, scratch)
+        block = in_dtype("block", gradient[part, rows], factor.dtype, scratch)
         work = scratch("block", block.shape, factor.dtype)
         _into(out[part, rows], torch.mul, block, factor[part], work=work)
     return out
