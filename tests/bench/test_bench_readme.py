@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench import __main__ as command
-from bench import report
+from bench import readme_table, report
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "bench" / "README.md").read_text()
@@ -91,3 +92,17 @@ def test_files_and_names_that_it_names_exist() -> None:
         for name in names:
             assert name in README
             assert hasattr(importlib.import_module(f"bench.{module}"), name)
+
+
+def test_the_table_of_readme_is_that_of_the_results() -> None:
+    pattern = (
+        r"<!-- bench table: python -m bench.readme_table (\S+) -->\n(.*?)\n<!-- end of table -->"
+    )
+    ((file, table),) = re.findall(pattern, (ROOT / "README.md").read_text(), re.DOTALL)
+    assert table == readme_table.table(json.loads((ROOT / file).read_text()))
+
+
+def test_results_without_what_readme_shows_are_refused() -> None:
+    results = {"machine": {"cpu": "x", "threads": 2}, "suites": {"attention": {"duels": []}}}
+    with pytest.raises(ValueError, match="'padded' in case 'B-mix-forward' of suite 'attention'"):
+        readme_table.table(results)
