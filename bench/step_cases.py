@@ -140,7 +140,7 @@ def student_shape(case: Case) -> StudentConfig:
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    """Two of the demo's teachers and three resolutions; on CUDA also the recipes' last stages."""
+    """Two of the demo's teachers in the recipes' mixes; on CUDA also the recipes' last stages."""
     if quick:
         groups = ((2, 64), (1, 96))
         return [Case("demo", "demo, tiny", "demo", (("lite0", 0), ("lite2", 0)), groups)]
@@ -156,6 +156,13 @@ def cases(device: str, quick: bool) -> list[Case]:
             label="demo, wide teachers",
             teachers=(("clip", 112), ("dino", 0)),
             teachers_of="radio-v2.5-b",
+        ),
+        # 1,024 images of 432 px and 128 of 1,024, RADIO's last stage, in a CPU's size.
+        replace(
+            demo,
+            name="radio-mix",
+            label="demo student, RADIO's mix",
+            groups=((8, 160), (1, 384)),
         ),
     ]
     if device != "cuda":
