@@ -4,6 +4,7 @@ Importing it takes no GPU, no network, and no package but torch, triton and nump
 """
 
 from importlib.metadata import version
+from typing import Any
 
 from fastagglo import distill, kernels, model, ops
 from fastagglo.compress import compress
@@ -11,4 +12,14 @@ from fastagglo.features import Features
 
 __version__ = version("fastagglo")
 
-__all__ = ["Features", "__version__", "compress", "distill", "kernels", "model", "ops"]
+_INTEROP = ("patch", "unpatch")  # found when first asked for
+
+__all__ = ["Features", "__version__", "compress", "distill", "kernels", "model", "ops", *_INTEROP]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _INTEROP:
+        from fastagglo import interop
+
+        return getattr(interop, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -35,9 +35,12 @@ ARROWS = {
     "teachers": {"ops", "errors", "features"},
     "distill": {"model", "ops", "errors", "features"},
     "eval": {"data", "distill", "model", "ops", "errors", "features"},
-    "train": {"data", "teachers", "distill", "eval", "model", "ops", "errors", "features"},
+    "interop": {"model", "ops", "errors", "features"},
+    "train": {
+        *("data", "teachers", "distill", "eval", "interop", "model", "ops", "errors", "features"),
+    },
     # The package itself: what `import fastagglo` brings.
-    "": {"compress", "distill", "features", "kernels", "model", "ops"},
+    "": {"compress", "distill", "features", "interop", "kernels", "model", "ops"},
 }
 
 # Packages of the extras, none of which the core may need.
@@ -202,7 +205,7 @@ def documented(module: ModuleType) -> Iterator[tuple[str, object]]:
 
 PUBLIC = [
     pair
-    for part in ("ops", "model", "distill", "data", "teachers", "eval")
+    for part in ("ops", "model", "distill", "data", "teachers", "eval", "interop")
     for pair in documented(importlib.import_module(f"fastagglo.{part}"))
 ]
 
