@@ -1,4 +1,4 @@
-"""The ops inside models of other libraries: timm, transformers, open_clip."""
+"""The ops inside models of other libraries."""
 
 from fastagglo.interop.patching import PatchedModule, PatchReport, patch, unpatch
 

@@ -78,14 +78,14 @@ class PatchReport:
 
 
 def patch(model: nn.Module, *, attention: bool = True, mlp: bool = True) -> PatchReport:
-    """Let a model of timm, transformers, open_clip or torchvision run packed attention.
+    """Let a vision transformer of timm, open_clip or torchvision run packed attention.
 
     The model is changed in place and stays what it is: module names, state dict, hooks, outputs and
     gradients (up to rounding) are the same. Self-attention runs on
     :func:`fastagglo.ops.packed_attention` and ``Linear -> GELU -> Linear`` keeps one tensor less
-    for the backward (:func:`fastagglo.ops.gelu_linear_residual`). In transformers attention is
-    chosen through its attention interface, under the name ``"fastagglo"``; elsewhere a module gets
-    a subclass of its own class. Nothing but the model's own library is imported.
+    for the backward (:func:`fastagglo.ops.gelu_linear_residual`). A patched module gets a subclass
+    of its own class. Nothing but the model's own library is imported. Of transformers' models the
+    MLPs alone are patched.
 
     What packed attention cannot say runs the model's own code, in that call alone: a mask over
     pairs of tokens, a causal mask, dropout of attention weights in training, weights asked for. A
@@ -165,8 +165,7 @@ def nothing_to_patch(model: nn.Module, report: PatchReport) -> str:
     """The error of a model without a module that we know."""
     text = (
         f"patch: found nothing to patch in {type(model).__name__}: it takes vision transformers "
-        "of timm (ViT, CLIP, SigLIP, DINOv2, DINOv3, EVA, SAM), transformers, open_clip and "
-        "torchvision"
+        "of timm (ViT, CLIP, SigLIP, DINOv2, DINOv3, EVA, SAM), open_clip and torchvision"
     )
     if not report.left:
         return text + "; this model has no attention or MLP of a class that it knows"
