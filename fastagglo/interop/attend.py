@@ -17,17 +17,15 @@ _TILED = ("cuda",)
 
 
 class Segments(NamedTuple):
-    """Goes through a model's blocks where a mask would, and reaches their attention.
+    """What packed attention takes beside queries, keys and values.
 
     Attributes:
         layout: of the rows of a ``(1, T, C)`` or ``(N, L, C)`` batch, taken one after the other.
         key_bias: ``(T,)`` added to the logits of each key, or None.
-        rotate_all: rotary embeddings have a row for every token, prefix tokens included.
     """
 
     layout: PackedLayout
     key_bias: Tensor | None = None
-    rotate_all: bool = False
 
 
 def even_layout(x: Tensor) -> PackedLayout:
@@ -104,8 +102,6 @@ def mask_bias(mask: Any, x: Tensor) -> Tensor | None:
 
 def segments_of(x: Tensor, mask: Any) -> Segments | None:
     """What attention over a batch ``(N, L, ...)`` with a mask is, or None if it is not ours."""
-    if isinstance(mask, Segments):
-        return mask
     if mask is None:
         return Segments(even_layout(x))
     bias = mask_bias(mask, x)

@@ -28,13 +28,14 @@ _ATTENTIONS: dict[str, type[Swapped]] = {
     "timm.models.vision_transformer_sam.Attention": SamAttention,
     "torch.nn.modules.activation.MultiheadAttention": torch_modules.MultiheadAttention,
 }
+_POOLING = "pooling: its queries are not the tokens"
 _KNOWN_LIMITS = {
     "timm.models.beit.Attention": "a relative-position bias for each pair of tokens",
     "timm.layers.diff_attention.DiffAttention": "it subtracts one softmax from another",
-    "timm.layers.attention_pool.AttentionPoolLatent": "pooling: its queries are not the tokens",
+    "timm.layers.attention_pool.AttentionPoolLatent": _POOLING,
+    "open_clip.transformer.AttentionalPooler": _POOLING,
 }
 _CAUSAL = "a causal text tower: packed attention lets every token see all others of its image"
-_POOLING = "pooling: its queries are not the tokens"
 
 
 @dataclass(frozen=True)
@@ -84,8 +85,7 @@ def patch(model: nn.Module, *, attention: bool = True, mlp: bool = True) -> Patc
     gradients (up to rounding) are the same. Self-attention runs on
     :func:`fastagglo.ops.packed_attention` and ``Linear -> GELU -> Linear`` keeps one tensor less
     for the backward (:func:`fastagglo.ops.gelu_linear_residual`). A patched module gets a subclass
-    of its own class. Nothing but the model's own library is imported. Of transformers' models the
-    MLPs alone are patched.
+    of its own class. Nothing but the model's own library is imported.
 
     What packed attention cannot say runs the model's own code, in that call alone: a mask over
     pairs of tokens, a causal mask, dropout of attention weights in training, weights asked for. A
@@ -129,15 +129,14 @@ def patch(model: nn.Module, *, attention: bool = True, mlp: bool = True) -> Patc
             continue
         if not isinstance(module, Swapped):
             swap(module, mixin)
-        what = "gelu_linear_residual" if issubclass(mixin, torch_modules.Mlp) else _ATTENTION_WORDS
+        what = "packed attention"
+        if issubclass(mixin, torch_modules.Mlp):
+            what = "gelu_linear_residual"
         patched.append(PatchedModule(name, kind, what))
     report = PatchReport(tuple(patched), tuple(left))
     if not patched:
         raise ValueError(nothing_to_patch(model, report))
     return report
-
-
-_ATTENTION_WORDS = "packed attention"
 
 
 def unpatch(model: nn.Module) -> nn.Module:

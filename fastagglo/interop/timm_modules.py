@@ -29,7 +29,6 @@ class _TimmSelfAttention(Swapped):
         dropped = self.training and self.attn_drop.p > 0
         watched = self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks
         if dropped or watched or options.get("is_causal"):
-            refuse_segments(mask, "dropout of attention weights, hooks on them or is_causal")
             return None
         return segments_of(x, mask)
 
@@ -81,7 +80,7 @@ class TimmRopeAttention(_TimmSelfAttention):
             k, v = (y(x).unflatten(-1, (keys, -1)) for y in (self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            prefix = 0 if where.rotate_all else self.num_prefix_tokens
+            prefix = self.num_prefix_tokens
             half = getattr(self, "rotate_half", False)
             q, k = (rotated(y, rope, prefix, half).type_as(v) for y in (q, k))
         if (groups := getattr(self, "num_kv_groups", 1)) > 1:
@@ -139,11 +138,7 @@ class SamAttention(Swapped):
 
 def widened(attention: nn.Module, height: int, width: int) -> int:
     """Channels of a head of SAM's attention with its bias written into them."""
-    head = (
-        attention.qkv.out_features
-        // 3
-        // getattr(attention, "num_heads", getattr(attention, "num_attention_heads", None))
-    )
+    head = attention.qkv.out_features // 3 // attention.num_heads
     return -(-(head + height + width) // 8) * 8 if attention.use_rel_pos else head
 
 
@@ -190,16 +185,3 @@ def biased_grid_attention(
         scale=1.0,
     )
     return out[..., : v.shape[-1]].flatten(2)
-
-
-def refuse_segments(mask: Any, why: str) -> None:
-    """Packed or merged tokens have no other road.
-
-    Raises:
-        ValueError: ``mask`` is one of ours.
-    """
-    if isinstance(mask, Segments):
-        raise ValueError(
-            f"packed and merged tokens cannot run with {why}: call model.eval() or set the "
-            "dropout to 0"
-        )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -11,7 +10,6 @@ from torch import Tensor, nn
 
 from fastagglo.interop.attend import Segments, attend_qkv, segments_of
 from fastagglo.interop.swap import Swapped, plain, qualified
-from fastagglo.interop.timm_modules import refuse_segments
 from fastagglo.ops import gelu_linear_residual
 
 
@@ -35,7 +33,6 @@ class MultiheadAttention(Swapped):
     ) -> tuple[Tensor, Tensor | None]:
         where = self._where(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         if where is None:
-            refuse_segments(attn_mask, "dropout or attention weights asked for")
             return super().forward(
                 query,
                 key,
@@ -113,23 +110,9 @@ class Mlp(Swapped):
 
 # Class -> the names of its first layer, activation, second layer, and of what else it runs, which
 # must do nothing.
-_TRANSFORMERS = "transformers.models.{0}.modeling_{0}.{1}"
 MLPS: dict[str, tuple[str, ...]] = {
     "timm.layers.mlp.Mlp": ("fc1", "act", "fc2", "drop1", "norm", "drop2"),
     "torch.nn.modules.container.Sequential": ("c_fc", "gelu", "c_proj"),
-    **{
-        _TRANSFORMERS.format(family, name): names
-        for family, name, *names in (
-            ("clip", "CLIPMLP", "fc1", "activation_fn", "fc2"),
-            ("siglip", "SiglipMLP", "fc1", "activation_fn", "fc2"),
-            ("siglip2", "Siglip2MLP", "fc1", "activation_fn", "fc2"),
-            ("dinov2", "Dinov2MLP", "fc1", "activation_fn", "fc2"),
-            ("dinov2_with_registers", "Dinov2WithRegistersMLP", "fc1", "activation_fn", "fc2"),
-            ("dinov3_vit", "DINOv3ViTMLP", "up_proj", "act_fn", "down_proj"),
-            ("vit", "ViTMLP", "fc1", "activation_fn", "fc2"),
-            ("sam", "SamMLPBlock", "lin1", "act", "lin2"),
-        )
-    },
 }
 
 
@@ -160,8 +143,4 @@ def gelu_form(act: Any) -> str | None:
         return "none"
     if name == "timm.layers.activations.GELUTanh":
         return "tanh"
-    if name == "transformers.activations.GELUActivation":
-        return "none" if act.act is F.gelu else None
-    if name == "transformers.activations.GELUTanh":
-        return "tanh" if isinstance(act.act, functools.partial) else None
     return None
