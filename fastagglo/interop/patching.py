@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from fastagglo.interop import torch_modules
+from fastagglo.interop import torch_modules, transformers_modules
 from fastagglo.interop.swap import Swapped, qualified, restore, swap
 from fastagglo.interop.timm_modules import (
-    WIDEST,
     SamAttention,
     TimmAttention,
     TimmRopeAttention,
-    widened,
+    sam_limit,
 )
 
 __all__ = ["PatchReport", "PatchedModule", "patch", "unpatch"]
@@ -27,14 +28,17 @@ _ATTENTIONS: dict[str, type[Swapped]] = {
     "timm.models.eva.EvaAttention": TimmRopeAttention,
     "timm.models.vision_transformer_sam.Attention": SamAttention,
     "torch.nn.modules.activation.MultiheadAttention": torch_modules.MultiheadAttention,
+    transformers_modules.SAM_ATTENTION: transformers_modules.SamAttention,
 }
 _POOLING = "pooling: its queries are not the tokens"
 _KNOWN_LIMITS = {
+    **transformers_modules.LIMITS,
     "timm.models.beit.Attention": "a relative-position bias for each pair of tokens",
     "timm.layers.diff_attention.DiffAttention": "it subtracts one softmax from another",
     "timm.layers.attention_pool.AttentionPoolLatent": _POOLING,
     "open_clip.transformer.AttentionalPooler": _POOLING,
 }
+_PACKED, _LEAN = "packed attention", "gelu_linear_residual"
 _CAUSAL = "a causal text tower: packed attention lets every token see all others of its image"
 
 
@@ -60,12 +64,10 @@ class PatchReport:
     Attributes:
         patched: modules that compute another way now.
         left: attention and MLP modules that were left alone, each with the reason.
-        notes: what still takes another road, call by call.
     """
 
     patched: tuple[PatchedModule, ...]
     left: tuple[PatchedModule, ...]
-    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"patched {len(self.patched)} modules, left {len(self.left)} alone"]
@@ -75,24 +77,28 @@ class PatchReport:
                 names = [x.name for x in same]
                 shown = names[0] if len(names) == 1 else f"{names[0]} .. {names[-1]}"
                 lines.append(f"  {title}: {len(names)} x {kind} ({shown}): {what}")
-        return "\n".join([*lines, *(f"  note: {note}" for note in self.notes)])
+        return "\n".join(lines)
 
 
 def patch(model: nn.Module, *, attention: bool = True, mlp: bool = True) -> PatchReport:
-    """Let a vision transformer of timm, open_clip or torchvision run packed attention.
+    """Packed attention inside vision transformers of timm, transformers, open_clip and torchvision.
 
     The model is changed in place and stays what it is: module names, state dict, hooks, outputs and
     gradients (up to rounding) are the same. Self-attention runs on
     :func:`fastagglo.ops.packed_attention` and ``Linear -> GELU -> Linear`` keeps one tensor less
     for the backward (:func:`fastagglo.ops.gelu_linear_residual`). A patched module gets a subclass
-    of its own class. Nothing but the model's own library is imported.
+    of its own class. Attention of transformers' models goes through its registry instead: their
+    config then names the attention implementation ``"fastagglo"``, as
+    ``model.set_attn_implementation`` would set it, for all models that share the config. Nothing
+    but the model's own library is imported.
 
     What packed attention cannot say runs the model's own code, in that call alone: a mask over
     pairs of tokens, a causal mask, dropout of attention weights in training, weights asked for. A
     mask of keys alone becomes a bias. What is never patched is in the report with its reason.
 
     Works with autocast, fp16, bf16 and ``torch.compile``, with gradients once (not twice), and
-    survives ``copy.deepcopy`` and pickling; a pickle of a patched model needs fastagglo to load.
+    survives ``copy.deepcopy`` and pickling; a pickle of a patched model needs fastagglo to load,
+    and one of transformers' another call of ``patch``.
     ``torch.jit.script`` does not take a patched model: unpatch it first. A second call changes
     nothing, and gives the same report.
 
@@ -114,25 +120,18 @@ def patch(model: nn.Module, *, attention: bool = True, mlp: bool = True) -> Patc
     patched: list[PatchedModule] = []
     left: list[PatchedModule] = []
     for name, module in model.named_modules():
-        name = name or "(the model)"
-        kind = type(module).__name__
-        mixin, why = _plan(module, attention, mlp)
-        if mixin is None and why is None:
+        plan = _plan(module, attention, mlp)
+        if plan is None:
             continue
-        if mixin is not None and not issubclass(mixin, torch_modules.Mlp):
+        if plan.change is not None and plan.what == _PACKED:
             if module in causal:
-                mixin, why = None, _CAUSAL
+                plan = _Plan(_CAUSAL)
             elif module in pooling:
-                mixin, why = None, _POOLING
-        if mixin is None:
-            left.append(PatchedModule(name, kind, str(why)))
-            continue
-        if not isinstance(module, Swapped):
-            swap(module, mixin)
-        what = "packed attention"
-        if issubclass(mixin, torch_modules.Mlp):
-            what = "gelu_linear_residual"
-        patched.append(PatchedModule(name, kind, what))
+                plan = _Plan(_POOLING)
+        if plan.change is not None:
+            plan.change(module)
+        where = left if plan.change is None else patched
+        where.append(PatchedModule(name or "(the model)", type(module).__name__, plan.what))
     report = PatchReport(tuple(patched), tuple(left))
     if not patched:
         raise ValueError(nothing_to_patch(model, report))
@@ -152,6 +151,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, Swapped):
             restore(module)
+        transformers_modules.leave(module)
     return model
 
 
@@ -164,60 +164,63 @@ def nothing_to_patch(model: nn.Module, report: PatchReport) -> str:
     """The error of a model without a module that we know."""
     text = (
         f"patch: found nothing to patch in {type(model).__name__}: it takes vision transformers "
-        "of timm (ViT, CLIP, SigLIP, DINOv2, DINOv3, EVA, SAM), open_clip and torchvision"
+        "of timm and transformers (ViT, CLIP, SigLIP, DINOv2, DINOv3, SAM; timm's EVA too), "
+        "open_clip and torchvision"
     )
     if not report.left:
         return text + "; this model has no attention or MLP of a class that it knows"
     return f"{text}.\n{report}"
 
 
-def _plan(module: nn.Module, attention: bool, mlp: bool) -> tuple[type[Swapped] | None, str | None]:
-    """What should replace a module's forward, or why nothing; (None, None): not a candidate."""
+class _Plan(NamedTuple):
+    """What a module computes once it is changed; without a change, why it stays."""
+
+    what: str
+    change: Callable[[nn.Module], None] | None = None
+
+
+def _plan(module: nn.Module, attention: bool, mlp: bool) -> _Plan | None:
+    """What to do with a module; None: it is no attention and no MLP."""
     name = qualified(module)
     kind = type(module).__name__
     if name in torch_modules.MLPS:
         if name.endswith(".Sequential") and not hasattr(module, "c_fc"):
-            return None, None
-        if not mlp:
-            return None, "mlp=False"
-        why = torch_modules.why_not_mlp(module)
-        return (None, why) if why else (torch_modules.Mlp, None)
-    if name in _ATTENTIONS:
-        if not attention:
-            return None, "attention=False"
-        why = _why_not_attention(module, name)
-        return (None, why) if why else (_ATTENTIONS[name], None)
+            return None
+        why = torch_modules.why_not_mlp(module) if mlp else "mlp=False"
+        return _Plan(why) if why else _Plan(_LEAN, partial(swap, mixin=torch_modules.Mlp))
+    if name in _ATTENTIONS or name in transformers_modules.ATTENTIONS:
+        why = _why_not_attention(module, name) if attention else "attention=False"
+        if why:
+            return _Plan(why)
+        if name in _ATTENTIONS:
+            return _Plan(_PACKED, partial(swap, mixin=_ATTENTIONS[name]))
+        return _Plan(_PACKED, transformers_modules.enter)
     if name in _KNOWN_LIMITS:
-        return None, _KNOWN_LIMITS[name]
+        return _Plan(_KNOWN_LIMITS[name])
     if any(True for _ in module.parameters(recurse=True)) and kind.endswith(
         ("Attention", "Attn", "AttentionPool", "AttentionalPooler")
     ):
-        return None, "a class that is not known"
+        return _Plan("a class that is not known")
     if kind.endswith(("Mlp", "MLP", "SwiGLU", "SwiGLUPacked", "SwiGLUFFN")):
-        return None, "another form than Linear, GELU, Linear"
-    return None, None
+        return _Plan("another form than Linear, GELU, Linear")
+    return None
 
 
 def _why_not_attention(module: nn.Module, name: str) -> str | None:
     if isinstance(module, nn.MultiheadAttention):
         return torch_modules.unusual(module)
+    if name in transformers_modules.ATTENTIONS:
+        return transformers_modules.why_not(module)
+    if name == transformers_modules.SAM_ATTENTION:
+        return transformers_modules.why_not_sam(module)
     if "sam" not in name:
         return None
     if module.rope is not None:
         return "rotary embeddings of its own"
-    if module.use_rel_pos:
-        height, width = ((len(x) + 1) // 2 for x in (module.rel_pos_h, module.rel_pos_w))
-        if widened(module, height, width) > WIDEST:
-            return sam_limit(module, height, width)
-    return None
-
-
-def sam_limit(module: nn.Module, height: int, width: int) -> str:
-    """Why SAM's global attention stays."""
-    return (
-        f"its relative-position bias over {height} x {width} tokens would make a head of "
-        f"{widened(module, height, width)} channels; the kernels take {WIDEST}"
-    )
+    if not module.use_rel_pos:
+        return None
+    head = module.qkv.out_features // 3 // module.num_heads
+    return sam_limit(head, module.rel_pos_h, module.rel_pos_w)
 
 
 def _causal_text(model: nn.Module) -> Iterator[nn.Module]:

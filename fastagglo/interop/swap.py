@@ -34,8 +34,9 @@ class Swapped:
 
 
 def swap(module: nn.Module, mixin: type[Swapped]) -> None:
-    """Give a module the mixin's ``forward``."""
-    module.__class__ = _class(mixin, type(module))
+    """Give a module the mixin's ``forward``; one that has it stays."""
+    if not isinstance(module, Swapped):
+        module.__class__ = _class(mixin, type(module))
 
 
 def restore(module: nn.Module) -> None:

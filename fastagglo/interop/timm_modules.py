@@ -124,7 +124,9 @@ class SamAttention(Swapped):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         drop = self.training and self.attn_drop.p > 0
-        if drop or self.rope is not None or widened(self, height, width) > WIDEST:
+        head = self.qkv.out_features // 3 // self.num_heads
+        wide = self.use_rel_pos and widened(head, height, width) > WIDEST
+        if drop or wide or self.rope is not None:
             return super().forward(x)
         rows = columns = None
         q, k, v = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
@@ -136,10 +138,20 @@ class SamAttention(Swapped):
         return self.proj_drop(self.proj(out)).view(x.shape)
 
 
-def widened(attention: nn.Module, height: int, width: int) -> int:
-    """Channels of a head of SAM's attention with its bias written into them."""
-    head = attention.qkv.out_features // 3 // attention.num_heads
-    return -(-(head + height + width) // 8) * 8 if attention.use_rel_pos else head
+def widened(head: int, height: int, width: int) -> int:
+    """Channels of a head of SAM's attention with its bias over a grid written into it."""
+    return -(-(head + height + width) // 8) * 8
+
+
+def sam_limit(head: int, rel_pos_h: Tensor, rel_pos_w: Tensor) -> str | None:
+    """Why an attention of SAM with tables (2 h - 1, D) and (2 w - 1, D) stays, or None."""
+    height, width = ((len(x) + 1) // 2 for x in (rel_pos_h, rel_pos_w))
+    if (wide := widened(head, height, width)) <= WIDEST:
+        return None
+    return (
+        f"its relative-position bias over {height} x {width} tokens would make a head of {wide} "
+        f"channels; the kernels take {WIDEST}"
+    )
 
 
 def biased_grid_attention(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastagglo.interop import transformers_modules
 from fastagglo.interop.attend import Segments, attend_qkv, segments_of
 from fastagglo.interop.swap import Swapped, plain, qualified
 from fastagglo.ops import gelu_linear_residual
@@ -111,6 +113,7 @@ class Mlp(Swapped):
 # Class -> the names of its first layer, activation, second layer, and of what else it runs, which
 # must do nothing.
 MLPS: dict[str, tuple[str, ...]] = {
+    **transformers_modules.MLPS,
     "timm.layers.mlp.Mlp": ("fc1", "act", "fc2", "drop1", "norm", "drop2"),
     "torch.nn.modules.container.Sequential": ("c_fc", "gelu", "c_proj"),
 }
@@ -143,4 +146,8 @@ def gelu_form(act: Any) -> str | None:
         return "none"
     if name == "timm.layers.activations.GELUTanh":
         return "tanh"
+    if name == "transformers.activations.GELUActivation":
+        return "none" if act.act is F.gelu else None
+    if name == "transformers.activations.GELUTanh":
+        return "tanh" if isinstance(act.act, functools.partial) else None
     return None
