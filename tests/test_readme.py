@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from fastagglo.model import save_student
+from fastagglo.interop import to_radio
+from fastagglo.model import HeadSpec, create_student, save_student
 from fastagglo.teachers import TeacherSpec
 from fastagglo.train import (
     RunConfig,
@@ -79,7 +81,18 @@ def demo_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teachers = load_teachers(config, torch.device("cpu"))
     widths = {name: (t.spec.summary, t.spec.spatial) for name, t in teachers.items()}
     save_student(build_student(config, widths), folder / "runs" / "demo" / "student")
+    save_file(radio(), folder / "c-radio_v3-b.safetensors")
     return folder
+
+
+def radio() -> dict[str, torch.Tensor]:
+    """C-RADIOv3-B's names and widths, one block deep and with a small table."""
+    teachers = {"clip": (1024, 1280), "siglip2-g": (1536, 1536), "dino_v2": (1536, 1536)}
+    heads = {name: HeadSpec(*widths, hidden=64) for name, widths in teachers.items()}
+    heads["sam"] = HeadSpec(spatial=256, hidden=64)
+    settings = {"depth": 1, "max_resolution": 512, "patch_bias": False, "final_norm": False}
+    student = create_student("B", heads, cls=tuple(heads), **settings)
+    return {name: value.contiguous() for name, value in to_radio(student).items()}
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[1])

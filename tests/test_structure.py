@@ -31,6 +31,7 @@ ARROWS = {
     "ops": {"kernels", "errors", "features"},
     "compress": {"ops", "errors", "features"},
     "model": {"ops", "errors", "features"},
+    "interop": {"model", "ops", "errors", "features"},
     "data": {"ops", "errors", "features"},
     "teachers": {"ops", "errors", "features"},
     "distill": {"model", "ops", "errors", "features"},

@@ -9,9 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastagglo.errors import suggestion
-from fastagglo.ops.heads import HeadSpec, check_teacher_name
+from fastagglo.ops.heads import HeadSpec, check_bool, check_teacher_name
 
-__all__ = ["PRESETS", "StudentConfig", "preset"]
+__all__ = ["PIXEL_MEAN", "PIXEL_STD", "PRESETS", "StudentConfig", "preset"]
+
+# RGB statistics of CLIP's training images (arXiv 2103.00020), which RADIO students use.
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,19 @@ class StudentConfig:
             one more than n where n does not divide the depth evenly, and all layers if n is more
             than half of them.
         norm_eps: epsilon of the trunk's LayerNorms.
+        patch_bias: the patch embedding has a bias; RADIO's trunks have none.
+        final_norm: a LayerNorm ends the trunk; RADIO's trunks have none.
+        cls: names of the CLS tokens, where they are not the heads': RADIO's weights without some or
+            all heads, or with one token that every head reads. A head reads the token of its own
+            name. Empty: a token per head.
+        summary: the CLS tokens that make up the backbone's summary (RADIO leaves out SAM's). Empty:
+            all.
+        pixel_mean, pixel_std: RGB statistics that normalise images; CLIP's (arXiv 2103.00020).
+        feature_normaliser: the backbone's patch features pass through an affine map, buffers
+            ``mean`` (C,) and ``tx`` (C, C): PHI-S (arXiv 2410.01680) of the student's own features.
+        block_normaliser: ``"shared"`` or ``"layer"``: each block's patch tokens that
+            ``forward_intermediates`` gives pass through such a map, with one rotation for all
+            blocks or one for each. None for none.
         heads: a :class:`~fastagglo.ops.heads.HeadSpec` per teacher name, in the order of the CLS
             slots. Empty: a plain backbone with one CLS token.
 
@@ -60,6 +77,14 @@ class StudentConfig:
     window: int | None = None
     global_layers: int | tuple[int, ...] = 4
     norm_eps: float = 1e-6
+    patch_bias: bool = True
+    final_norm: bool = True
+    cls: tuple[str, ...] = ()
+    summary: tuple[str, ...] = ()
+    pixel_mean: tuple[float, float, float] = PIXEL_MEAN
+    pixel_std: tuple[float, float, float] = PIXEL_STD
+    feature_normaliser: bool = False
+    block_normaliser: str | None = None
     heads: Mapping[str, HeadSpec] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
@@ -90,8 +115,17 @@ class StudentConfig:
             raise ValueError(f"StudentConfig: norm_eps must be positive, got {self.norm_eps}")
         if self.window is not None:
             self._check_int("window", self.window, 1)
+        for key in ("patch_bias", "final_norm", "feature_normaliser"):
+            check_bool("StudentConfig", key, getattr(self, key))
+        if self.block_normaliser not in (None, "shared", "layer"):
+            raise ValueError(
+                "StudentConfig: block_normaliser must be 'shared', 'layer' or None, got "
+                f"{self.block_normaliser!r}"
+            )
+        self._check_pixels()
         self._check_global_layers()
         self._check_heads()
+        self._check_tokens()
 
     @property
     def grid(self) -> int:
@@ -101,7 +135,7 @@ class StudentConfig:
     @property
     def cls_names(self) -> tuple[str, ...]:
         """Whose the CLS tokens are; a student without heads has one, called "backbone"."""
-        return tuple(self.heads) or ("backbone",)
+        return self.cls or tuple(self.heads) or ("backbone",)
 
     @property
     def prefix_tokens(self) -> int:
@@ -121,8 +155,7 @@ class StudentConfig:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON: tuples become lists."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        if not isinstance(self.global_layers, int):
-            values["global_layers"] = list(self.global_layers)
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         return values | {"heads": {name: spec.to_dict() for name, spec in self.heads.items()}}
 
     @classmethod
@@ -171,6 +204,45 @@ class StudentConfig:
             object.__setattr__(self, "global_layers", tuple(sorted(layers)))
             return
         self._check_int("global_layers", layers, 1)
+
+    def _check_pixels(self) -> None:
+        for key in ("pixel_mean", "pixel_std"):
+            values = getattr(self, key)
+            if not isinstance(values, list | tuple) or len(values) != 3:
+                raise TypeError(f"StudentConfig: {key} must be three numbers, got {values!r}")
+            for value in values:
+                self._check_number(key, value)
+            object.__setattr__(self, key, tuple(float(value) for value in values))
+        if min(self.pixel_std) <= 0:
+            raise ValueError(f"StudentConfig: pixel_std must be positive, got {self.pixel_std}")
+
+    def _check_tokens(self) -> None:
+        for key in ("cls", "summary"):
+            names = getattr(self, key)
+            if not isinstance(names, list | tuple):
+                raise TypeError(f"StudentConfig: {key} must be a tuple of names, got {names!r}")
+            for name in names:
+                check_teacher_name(name)
+            if len(set(names)) != len(names):
+                raise ValueError(f"StudentConfig: {key} must be distinct names, got {names!r}")
+            object.__setattr__(self, key, tuple(names))
+        for name in self.summary:
+            if name not in self.cls_names:
+                raise ValueError(
+                    f"StudentConfig: summary: no CLS token {name!r}"
+                    f"{suggestion(name, self.cls_names)}"
+                )
+        for name, spec in self.heads.items():
+            if spec.summary is not None and len(self.cls_names) > 1 and name not in self.cls_names:
+                raise ValueError(
+                    f"StudentConfig: cls must name the token of each head with a summary, or one "
+                    f"token for all; it lacks {name!r}: {self.cls_names}"
+                )
+            if spec.spatial_block == "timm" and self.width % 16:
+                raise ValueError(
+                    f"StudentConfig: spatial_block='timm' of head {name!r} has 16 attention heads, "
+                    f"which must divide width={self.width}"
+                )
 
     def _check_heads(self) -> None:
         if not isinstance(self.heads, Mapping):

@@ -107,12 +107,15 @@ def student_flops(
     for spec in config.heads.values():
         if spec.summary:
             hidden = _summary_hidden(spec, c)
-            heads += 2 * hidden * (c + spec.blocks * hidden + spec.summary)
+            heads += 2 * hidden * (c + _summary_blocks(spec) * hidden + spec.summary)
         if spec.spatial:
             hidden = spec.hidden or c
             out = spec.spatial * spec.upsample**2
             heads += 2 * patches * hidden * (c + spec.blocks * hidden + out)
-            block = block_flops(c, m, patches, patches**2, gated=gated)
+            if spec.spatial_block == "timm":
+                block = block_flops(c, 4 * c, patches, patches**2)
+            else:
+                block = block_flops(c, m, patches, patches**2, gated=gated)
             heads += spec.spatial_blocks * block
     return trunk, heads
 
@@ -149,14 +152,19 @@ def activation_bytes(
     total += patches * 3 * config.patch_size**2 * e + 4 * c * tokens
     for spec in config.heads.values():
         if spec.summary:
-            total += e * _summary_hidden(spec, c) * (1 + spec.blocks)
+            total += e * _summary_hidden(spec, c) * (1 + _summary_blocks(spec))
         if spec.spatial:
             row = e * (spec.hidden or c) * (1 + spec.blocks)
             # Its transformer blocks have LayerScale and are checkpointed as the trunk's are.
-            own = 4 * c if checkpoint_blocks else block - scaled + 2 * e * c
+            width = 2 * e * 4 * c if spec.spatial_block == "timm" else hidden
+            own = 4 * c if checkpoint_blocks else block - scaled - hidden + width + 2 * e * c
             total += patches * (row + spec.spatial_blocks * own)
     return total
 
 
 def _summary_hidden(spec: HeadSpec, width: int) -> int:
     return spec.summary_hidden or spec.hidden or width
+
+
+def _summary_blocks(spec: HeadSpec) -> int:
+    return spec.blocks if spec.summary_blocks is None else spec.summary_blocks

@@ -15,14 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastagglo.model.config import PIXEL_MEAN, PIXEL_STD
 from fastagglo.ops.heads import shape_of
 from fastagglo.ops.layout import PackedLayout
 
 __all__ = ["Geometry", "PackedBatch", "geometry", "patchify", "reorder"]
-
-# RGB statistics of CLIP's training images (arXiv 2103.00020), which RADIO students use.
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Float images may overshoot [0, 1] by this much: rounding of half precision and of resizes.
 RANGE_SLACK = 1e-3
@@ -119,7 +116,12 @@ def _check_group(name: str, group: object) -> None:
             )
 
 
-def patchify(groups: Sequence[Tensor], patch_size: int) -> Tensor:
+def patchify(
+    groups: Sequence[Tensor],
+    patch_size: int,
+    mean: tuple[float, ...] = PIXEL_MEAN,
+    std: tuple[float, ...] = PIXEL_STD,
+) -> Tensor:
     """All groups' patches, normalised: (sum of N_i h_i w_i, 3 * patch_size**2).
 
     Channels run over colour, row, column, as in a flattened convolution weight. The result is at
@@ -135,9 +137,9 @@ def patchify(groups: Sequence[Tensor], patch_size: int) -> Tensor:
     ]
     if any(x.is_floating_point() for x in patches):
         patches = [_unit(x) for x in patches]
-    mean, std = _pixel_statistics(groups[0].device)
+    shift, scale = _pixel_statistics(mean, std, groups[0].device)
     x = _unit(torch.cat(patches))
-    return ((x - mean.to(x.dtype)) / std.to(x.dtype)).flatten(1)
+    return ((x - shift.to(x.dtype)) / scale.to(x.dtype)).flatten(1)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -147,11 +149,13 @@ def _unit(x: Tensor) -> Tensor:
 
 @torch.compiler.disable
 @functools.lru_cache(maxsize=16)
-def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+def _pixel_statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False):
-        values = torch.tensor([PIXEL_MEAN, PIXEL_STD], dtype=torch.float64, device="cpu")
-        mean, std = values[:, :, None].to(device)
-        return mean, std
+        values = torch.tensor([mean, std], dtype=torch.float64, device="cpu")
+        shift, scale = values[:, :, None].to(device)
+        return shift, scale
 
 
 class _Reorder(torch.autograd.Function):

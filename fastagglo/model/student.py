@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastagglo.features import Features
 from fastagglo.model.config import StudentConfig, preset
+from fastagglo.model.normaliser import BlockNormaliser, FeatureNormaliser
 from fastagglo.model.packing import Geometry, PackedBatch, geometry, patchify, reorder
 from fastagglo.model.positions import CroppedPositions
 from fastagglo.model.vit import Block
@@ -24,7 +26,8 @@ class StudentOutput(dict[str, Features]):
 
     Attributes:
         backbone: the trunk's own features: ``summary`` (N, CLS tokens * C), the CLS tokens side
-            by side in the order of the heads, and ``spatial``, a (N_i, h_i, w_i, C) per group.
+            by side in the order of the heads (or those that ``config.summary`` names), and
+            ``spatial``, a (N_i, h_i, w_i, C) per group.
     """
 
     def __init__(self, features: Mapping[str, Features], backbone: Features) -> None:
@@ -49,27 +52,39 @@ class Student(nn.Module):
         self.checkpoint_blocks = False
         width = config.width
 
-        def block(layer_scale: float | None) -> Block:
+        def block(layer_scale: float | None, kind: str = "student") -> Block:
+            if kind == "timm":
+                return Block(width, 16, 4 * width, "gelu", layer_scale, config.norm_eps, False)
             return Block(
                 width, config.num_heads, config.mlp_width, config.mlp, layer_scale, config.norm_eps
             )
 
-        self.patch_embed = nn.Linear(3 * config.patch_size**2, width)
+        self.patch_embed = nn.Linear(3 * config.patch_size**2, width, bias=config.patch_bias)
         # By name, so that a warm start with other teachers moves each CLS token to its new slot.
-        self.cls_tokens = nn.ParameterDict(
-            {name: nn.Parameter(torch.empty(width)) for name in config.cls_names}
-        )
+        tokens = {name: nn.Parameter(torch.empty(width)) for name in config.cls_names}
+        # torch sorts a plain dict, so the tokens of the heads lie in alphabetical order, as in
+        # every student saved so far; an OrderedDict keeps the order of `cls`.
+        self.cls_tokens = nn.ParameterDict(OrderedDict(tokens) if config.cls else tokens)
         self.registers = nn.Parameter(torch.empty(config.registers, width))
         for parameter in (self.patch_embed.weight, self.registers, *self.cls_tokens.values()):
             nn.init.trunc_normal_(parameter, std=0.02)
-        nn.init.zeros_(self.patch_embed.bias)
+        if config.patch_bias:
+            nn.init.zeros_(self.patch_embed.bias)
         self.positions = CroppedPositions(config.grid, width)
         self.blocks = nn.ModuleList(block(config.layer_scale) for _ in range(config.depth))
-        self.norm = LayerNorm(width, eps=config.norm_eps)
+        self.norm = LayerNorm(width, eps=config.norm_eps) if config.final_norm else nn.Identity()
+        self.feature_normaliser = FeatureNormaliser(width) if config.feature_normaliser else None
+        self.block_normaliser = (
+            BlockNormaliser(width, config.depth, config.block_normaliser == "layer")
+            if config.block_normaliser
+            else None
+        )
         # C-RADIOv4's spatial heads begin with transformer blocks (LayerScale 1e-5).
         self.head_blocks = nn.ModuleDict(
             {
-                name: nn.ModuleList(block(1e-5) for _ in range(spec.spatial_blocks))
+                name: nn.ModuleList(
+                    block(1e-5, spec.spatial_block) for _ in range(spec.spatial_blocks)
+                )
                 for name, spec in config.heads.items()
                 if spec.spatial_blocks
             }
@@ -119,7 +134,7 @@ class Student(nn.Module):
         per_teacher: Tensor | dict[str, Tensor] = spatial
         if self.head_blocks:
             per_teacher = {n: self._head_tokens(n, spatial, place) for n in names}
-        outputs = self.heads(summary if self.heads.specs else None, per_teacher, rotations, names)
+        outputs = self.heads(self._head_summaries(summary), per_teacher, rotations, names)
         features = {
             name: Features(
                 vector,
@@ -127,6 +142,9 @@ class Student(nn.Module):
             )
             for name, (vector, tokens) in outputs.items()
         }
+        if self.config.summary:
+            slots = [self.config.cls_names.index(name) for name in self.config.summary]
+            summary = torch.stack([summary[:, slot] for slot in slots], dim=1)
         return StudentOutput(features, Features(summary.flatten(1), _grids(spatial, place, 1)))
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -136,7 +154,8 @@ class Student(nn.Module):
             x: (N, 3, H, W) images as ``PackedBatch.from_images`` takes.
 
         Returns:
-            (N, prefix + h * w, C): CLS tokens, registers, patches row by row, after the last norm.
+            (N, prefix + h * w, C): CLS tokens, registers, patches row by row, after the last norm
+            (and before a feature normaliser).
 
         Raises:
             TypeError, ValueError: as of :meth:`forward`; ``x`` must be one tensor.
@@ -181,9 +200,11 @@ class Student(nn.Module):
         tokens = self._embed(batch, place, None)
         last = self._run_blocks(tokens, place, self._draw_keep(images, tokens, None), taken)
         (_, h, w), found = place.grids[0], []
-        for value in taken.values():
-            value = self.norm(value) if norm else value
+        for i, value in taken.items():
             before, patches = value.view(images, prefix + h * w, -1).tensor_split([prefix], dim=1)
+            if self.block_normaliser is not None:
+                patches = self.block_normaliser(patches, i)
+            before, patches = (self.norm(v) if norm else v for v in (before, patches))
             if output_fmt == "NCHW":
                 patches = patches.unflatten(1, (h, w)).permute(0, 3, 1, 2).contiguous()
             found.append((patches, before) if return_prefix_tokens else patches)
@@ -211,6 +232,8 @@ class Student(nn.Module):
         x = self.norm(self._run_blocks(x, place, self._draw_keep(images, x, generator)))
         x = reorder(x, place.unpack, place.pack)
         tokens, patches = x.split([place.prefix_rows, len(x) - place.prefix_rows])
+        if self.feature_normaliser is not None:
+            patches = self.feature_normaliser(patches)
         return tokens.view(images, prefix, self.config.width)[:, : len(self.cls_tokens)], patches
 
     def _embed(
@@ -218,8 +241,9 @@ class Student(nn.Module):
     ) -> Tensor:
         """What the first block reads: (T, C) in packed order."""
         images = batch.num_images
-        dtype = self.patch_embed.weight.dtype
-        patches = self.patch_embed(patchify(batch.groups, self.config.patch_size).to(dtype))
+        config, dtype = self.config, self.patch_embed.weight.dtype
+        pixels = patchify(batch.groups, config.patch_size, config.pixel_mean, config.pixel_std)
+        patches = self.patch_embed(pixels.to(dtype))
         if self.training:
             patches = patches + self.positions.crop(place.unit, place.image_ids, images, generator)
         else:
@@ -276,6 +300,15 @@ class Student(nn.Module):
         rates = torch.linspace(0, drop, depth, device=draw_on)[:, None, None]
         keep = (uniform >= rates) / (1 - rates)
         return keep.to(like.device, like.dtype, non_blocking=True)
+
+    def _head_summaries(self, cls: Tensor) -> Tensor | dict[str, Tensor] | None:
+        """The CLS tokens (N, CLS tokens, C) as the summary heads read them."""
+        names = self.config.cls_names
+        if not self.heads.specs or names == tuple(self.heads.specs):
+            return cls if self.heads.specs else None
+        return {
+            name: cls[:, names.index(name) if len(names) > 1 else 0] for name in self.heads.summary
+        }
 
     def _head_tokens(self, name: str, spatial: Tensor, place: Geometry) -> Tensor:
         """The patches as one teacher's spatial head reads them."""

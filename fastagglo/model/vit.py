@@ -16,10 +16,10 @@ __all__ = ["Attention", "Block", "GeluMLP", "LayerScale", "SwiGLU"]
 class Attention(nn.Module):
     """Multi-head self-attention within each segment of a packed token matrix."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, qkv_bias: bool = True) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width)
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, layout: PackedLayout) -> Tensor:
@@ -77,6 +77,7 @@ class Block(nn.Module):
         mlp: ``"gelu"`` or ``"swiglu"``.
         layer_scale: initial LayerScale, or None for none.
         norm_eps: epsilon of the LayerNorms.
+        qkv_bias: queries, keys and values have a bias.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Block(nn.Module):
         mlp: str = "gelu",
         layer_scale: float | None = None,
         norm_eps: float = 1e-6,
+        qkv_bias: bool = True,
     ) -> None:
         super().__init__()
 
@@ -94,7 +96,7 @@ class Block(nn.Module):
             return nn.Identity() if layer_scale is None else LayerScale(width, layer_scale)
 
         self.norm1 = LayerNorm(width, eps=norm_eps)
-        self.attn = Attention(width, num_heads)
+        self.attn = Attention(width, num_heads, qkv_bias)
         self.ls1 = scale()
         self.norm2 = LayerNorm(width, eps=norm_eps)
         self.mlp = (SwiGLU if mlp == "swiglu" else GeluMLP)(width, mlp_width)
@@ -102,7 +104,8 @@ class Block(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, layout: PackedLayout, keep: Tensor | None = None) -> Tensor:
         """One block.

@@ -41,6 +41,7 @@ __all__ = [
     "HeadSpec",
     "LayerNorm",
     "adaptor_mlp",
+    "check_bool",
     "check_teacher_name",
     "pixel_shuffle",
     "shape_of",
@@ -62,6 +63,9 @@ class HeadSpec:
         pre_norm: LayerNorm and GELU before each head's first layer.
         spatial_blocks: transformer blocks on the patch tokens before the spatial head
             (C-RADIOv4 has 2). The student owns them; :class:`AdaptorHeads` does not.
+        spatial_block: ``"student"`` for blocks like the student's own, ``"timm"`` for C-RADIOv4's:
+            16 attention heads, no bias of queries, keys and values, a GELU MLP of 4 C.
+        summary_blocks: residual MLP blocks in the summary head; None means ``blocks``.
         version: ``"v2"`` for :class:`AdaptorMLP`, ``"v1"`` for :class:`AdaptorMLPv1`.
 
     Raises:
@@ -79,6 +83,8 @@ class HeadSpec:
     pre_norm: bool = False
     spatial_blocks: int = 0
     version: str = "v2"
+    spatial_block: str = "student"
+    summary_blocks: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("summary", "spatial", "hidden", "summary_hidden"):
@@ -88,6 +94,12 @@ class HeadSpec:
         check_int("HeadSpec", "upsample", self.upsample, 1)
         check_int("HeadSpec", "spatial_blocks", self.spatial_blocks, 0)
         check_bool("HeadSpec", "pre_norm", self.pre_norm)
+        if self.summary_blocks is not None:
+            check_int("HeadSpec", "summary_blocks", self.summary_blocks, 0)
+        if self.spatial_block not in ("student", "timm"):
+            raise ValueError(
+                f"HeadSpec: spatial_block must be 'student' or 'timm', got {self.spatial_block!r}"
+            )
         if self.version not in VERSIONS:
             raise ValueError(f"HeadSpec: version must be one of {VERSIONS}, got {self.version!r}")
         if self.version == "v1" and self.pre_norm:
@@ -96,8 +108,9 @@ class HeadSpec:
             raise ValueError("HeadSpec: give summary, spatial or both (channels of the teacher)")
         if self.spatial is None and (self.upsample > 1 or self.spatial_blocks):
             raise ValueError("HeadSpec: upsample and spatial_blocks need a spatial head")
-        if self.summary is None and self.summary_hidden is not None:
-            raise ValueError("HeadSpec: summary_hidden needs a summary head")
+        for name in ("summary_hidden", "summary_blocks"):
+            if self.summary is None and getattr(self, name) is not None:
+                raise ValueError(f"HeadSpec: {name} needs a summary head")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON or TOML."""
@@ -151,9 +164,12 @@ class AdaptorHeads(nn.Module):
             hidden = spec.hidden or in_features
             if spec.summary is not None:
                 width = spec.summary_hidden or hidden
-                self.summary[name] = _head(spec, in_features, width, spec.summary, 1)
+                blocks = spec.blocks if spec.summary_blocks is None else spec.summary_blocks
+                self.summary[name] = _head(spec, in_features, width, spec.summary, blocks, 1)
             if spec.spatial is not None:
-                self.spatial[name] = _head(spec, in_features, hidden, spec.spatial, spec.upsample)
+                self.spatial[name] = _head(
+                    spec, in_features, hidden, spec.spatial, spec.blocks, spec.upsample
+                )
         self.recompute = recompute
 
     @classmethod
@@ -396,10 +412,12 @@ def _grouped(
     values.update(zip(layers, grouped_step(steps, eps, activate=activate, skip=skip), strict=True))
 
 
-def _head(spec: HeadSpec, in_features: int, hidden: int, out: int, upsample: int) -> Head:
+def _head(
+    spec: HeadSpec, in_features: int, hidden: int, out: int, blocks: int, upsample: int
+) -> Head:
     if spec.version == "v1":
-        return AdaptorMLPv1(in_features, hidden, out, spec.blocks, upsample)
-    return AdaptorMLP(in_features, hidden, out, spec.blocks, upsample, spec.pre_norm)
+        return AdaptorMLPv1(in_features, hidden, out, blocks, upsample)
+    return AdaptorMLP(in_features, hidden, out, blocks, upsample, spec.pre_norm)
 
 
 def check_teacher_name(name: str) -> None:

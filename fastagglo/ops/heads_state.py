@@ -170,7 +170,7 @@ def _most_common(sizes: Counter[int]) -> int:
 def _spec(teacher: str, sizes: dict[str, dict[str, Any]], upsample: int) -> dict[str, Any]:
     summary, spatial = sizes.get("summary"), sizes.get("spatial")
     both = [size for size in (summary, spatial) if size is not None]
-    for field in ("version", "blocks", "pre_norm"):
+    for field in ("version", "pre_norm"):
         values = [size[field] for size in both]
         if len(set(values)) > 1:
             raise ValueError(
@@ -187,6 +187,7 @@ def _spec(teacher: str, sizes: dict[str, dict[str, Any]], upsample: int) -> dict
         "spatial": spatial and spatial["out"] // upsample**2,
         "hidden": both[-1]["hidden"],
         "summary_hidden": summary and summary["hidden"],
-        **{field: both[0][field] for field in ("version", "blocks", "pre_norm")},
+        **{field: both[-1][field] for field in ("version", "blocks", "pre_norm")},
+        "summary_blocks": both[0]["blocks"] if both[0]["blocks"] != both[-1]["blocks"] else None,
         "upsample": upsample if spatial else 1,
     }
