@@ -36,7 +36,6 @@ ARROWS = {
     "teachers": {"ops", "errors", "features"},
     "distill": {"model", "ops", "errors", "features"},
     "eval": {"data", "distill", "model", "ops", "errors", "features"},
-    "interop": {"model", "ops", "errors", "features"},
     "train": {
         *("data", "teachers", "distill", "eval", "interop", "model", "ops", "errors", "features"),
     },
