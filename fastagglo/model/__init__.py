@@ -1,5 +1,6 @@
 """The student: configuration, packed batches of mixed resolutions, the ViT, saving and loading."""
 
+from fastagglo.model.budget import run_budget
 from fastagglo.model.config import StudentConfig
 from fastagglo.model.io import WarmStart, load_student, save_student, warm_start
 from fastagglo.model.packing import PackedBatch
@@ -17,6 +18,7 @@ __all__ = [
     "WarmStart",
     "create_student",
     "load_student",
+    "run_budget",
     "save_student",
     "warm_start",
 ]

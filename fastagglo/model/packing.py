@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastagglo.model.config import PIXEL_MEAN, PIXEL_STD
+from fastagglo.ops.head_mlp import check_int
 from fastagglo.ops.heads import shape_of
 from fastagglo.ops.layout import PackedLayout
 
@@ -31,12 +32,22 @@ class PackedBatch:
 
     Attributes:
         groups: (N_i, 3, H_i, W_i) RGB images, uint8 in 0..255 or float in [0, 1].
+        capacity: rows that the student computes, with dummies in those that no image fills; None
+            for as many as there are tokens.
+        max_images: images that the student computes, with a capacity.
     """
 
     groups: tuple[Tensor, ...]
+    capacity: int | None = None
+    max_images: int | None = None
 
     @classmethod
-    def from_images(cls, images: Sequence[Tensor]) -> PackedBatch:
+    def from_images(
+        cls,
+        images: Sequence[Tensor],
+        capacity: int | None = None,
+        max_images: int | None = None,
+    ) -> PackedBatch:
         """A batch from groups of images of equal size.
 
         Args:
@@ -44,10 +55,16 @@ class PackedBatch:
                 all on one device. The same size may come in several groups; N_i may be 0. The
                 student normalises, so do not. The range of floats is checked on the CPU only: on
                 a GPU the check would wait for the device.
+            capacity: have the student compute exactly so many rows, whatever the mix of sizes, so
+                that its shapes are constant (see `fastagglo.model.run_budget`). It must hold all
+                tokens, CLS and register tokens included, which the student checks.
+            max_images: at most so many images; goes with ``capacity``.
 
         Raises:
-            TypeError: not a sequence of uint8 or floating-point tensors.
-            ValueError: no group, a wrong shape, mixed devices, or floats outside [0, 1].
+            TypeError: not a sequence of uint8 or floating-point tensors, or a capacity or
+                max_images that is not an integer.
+            ValueError: no group, a wrong shape, mixed devices, floats outside [0, 1], or one of
+                capacity and max_images without the other or below 1.
         """
         if isinstance(images, Tensor):
             raise TypeError(
@@ -69,7 +86,15 @@ class PackedBatch:
                     f"PackedBatch.from_images: all groups must be on one device, got images[0] on "
                     f"{groups[0].device} and images[{i}] on {group.device}"
                 )
-        return cls(groups)
+        if (capacity is None) != (max_images is None):
+            raise ValueError(
+                f"PackedBatch.from_images: capacity and max_images go together, got {capacity} and "
+                f"{max_images}"
+            )
+        for name, value in (("capacity", capacity), ("max_images", max_images)):
+            if value is not None:
+                check_int("PackedBatch.from_images", name, value, 1)
+        return cls(groups, capacity, max_images)
 
     @property
     def sizes(self) -> tuple[tuple[int, int], ...]:
@@ -88,13 +113,15 @@ class PackedBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> PackedBatch:
         """The batch on another device; ``non_blocking`` needs pinned memory to be of use."""
-        return PackedBatch(tuple(g.to(device, non_blocking=non_blocking) for g in self.groups))
+        return replace(
+            self, groups=tuple(g.to(device, non_blocking=non_blocking) for g in self.groups)
+        )
 
     def pin_memory(self) -> PackedBatch:
         """The batch in page-locked memory; itself where there is no CUDA device to copy to."""
         if not torch.cuda.is_available():
             return self
-        return PackedBatch(tuple(g.pin_memory() for g in self.groups))
+        return replace(self, groups=tuple(g.pin_memory() for g in self.groups))
 
 
 def _check_group(name: str, group: object) -> None:
@@ -127,6 +154,15 @@ def patchify(
     Channels run over colour, row, column, as in a flattened convolution weight. The result is at
     least fp32. Pixels are rearranged as they come, so uint8 images move a byte a pixel.
     """
+    shift, scale = pixel_statistics(mean, std, groups[0].device)
+    return normalised(patch_rows(groups, patch_size), shift, scale)
+
+
+def patch_rows(groups: Sequence[Tensor], patch_size: int) -> Tensor:
+    """All groups' patches as they come: (sum of N_i h_i w_i, 3, patch_size**2).
+
+    uint8 if all groups are, else floats in [0, 1], at least fp32.
+    """
     p = patch_size
     patches = [
         g.unflatten(3, (-1, p))
@@ -137,9 +173,13 @@ def patchify(
     ]
     if any(x.is_floating_point() for x in patches):
         patches = [_unit(x) for x in patches]
-    shift, scale = _pixel_statistics(mean, std, groups[0].device)
-    x = _unit(torch.cat(patches))
-    return ((x - shift.to(x.dtype)) / scale.to(x.dtype)).flatten(1)
+    return torch.cat(patches)
+
+
+def normalised(patches: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """Patches (T, 3, area) of `patch_rows` as the student's first layer reads them, (T, 3 area)."""
+    x = _unit(patches)
+    return ((x - mean.to(x.dtype)) / std.to(x.dtype)).flatten(1)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -149,9 +189,10 @@ def _unit(x: Tensor) -> Tensor:
 
 @torch.compiler.disable
 @functools.lru_cache(maxsize=16)
-def _pixel_statistics(
+def pixel_statistics(
     mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:
+    """``mean`` and ``std`` of each colour, fp64 (3, 1) each."""
     with torch.inference_mode(False):
         values = torch.tensor([mean, std], dtype=torch.float64, device="cpu")
         shift, scale = values[:, :, None].to(device)
@@ -259,12 +300,13 @@ def geometry(
             _inverse(unpack).to(device),
             unpack.to(device),
             image_ids.to(device),
-            _unit_coordinates(grids).to(device),
+            unit_rows(grids).to(device),
             windows,
         )
 
 
-def _unit_coordinates(grids: tuple[tuple[int, int, int], ...]) -> Tensor:
+def unit_rows(grids: tuple[tuple[int, int, int], ...]) -> Tensor:
+    """Row and column of each patch over ``max(h, w) - 1`` of its image: (patches, 2) fp32."""
     parts = []
     for n, h, w in grids:
         along = torch.arange(max(h, w), dtype=torch.float32, device="cpu") / max(h - 1, w - 1, 1)

@@ -49,7 +49,7 @@ class CroppedPositions(nn.Module):
         Returns:
             (sum of images * h * w, C), at least fp32.
         """
-        index, weight = _resize_corners(grids, self.grid, self.table.device)
+        index, weight = resize_corners(grids, self.grid, self.table.device)
         return self._read(index, weight)
 
     def crop(
@@ -72,12 +72,14 @@ class CroppedPositions(nn.Module):
         Returns:
             (T, C), at least fp32.
         """
-        device = self.table.device
-        draw_on = device if generator is None else generator.device
+        uniform = self.draw(images, generator)
+        return self._read(*crop_corners(uniform, unit, image_ids, self.grid))
+
+    def draw(self, images: int, generator: torch.Generator | None = None) -> Tensor:
+        """The (N, 4) uniform numbers that :meth:`crop` makes crops of."""
+        draw_on = self.table.device if generator is None else generator.device
         uniform = torch.rand(images, 4, device=draw_on, generator=generator)
-        start, side = crop_boxes(uniform.to(device, non_blocking=True))
-        at = start.index_select(0, image_ids) + side.index_select(0, image_ids) * unit
-        return self._read(*corners(at * (self.grid - 1), self.grid))
+        return uniform.to(self.table.device, non_blocking=True)
 
     def _read(self, index: Tensor, weight: Tensor) -> Tensor:
         table = self.table[0]
@@ -96,6 +98,15 @@ def crop_boxes(uniform: Tensor) -> tuple[Tensor, Tensor]:
     side = torch.stack([scale * (-half_log_aspect).exp(), scale * half_log_aspect.exp()], dim=1)
     side = side.clamp(max=1)
     return uniform[:, 2:] * (1 - side), side
+
+
+def crop_corners(
+    uniform: Tensor, unit: Tensor, image_ids: Tensor, grid: int
+) -> tuple[Tensor, Tensor]:
+    """What :meth:`CroppedPositions.crop` reads, as `corners` says it, from (N, 4) numbers."""
+    start, side = crop_boxes(uniform)
+    at = start.index_select(0, image_ids) + side.index_select(0, image_ids) * unit
+    return corners(at * (grid - 1), grid)
 
 
 def corners(at: Tensor, grid: int) -> tuple[Tensor, Tensor]:
@@ -119,9 +130,10 @@ def corners(at: Tensor, grid: int) -> tuple[Tensor, Tensor]:
 
 @torch.compiler.disable
 @functools.lru_cache(maxsize=64)
-def _resize_corners(
+def resize_corners(
     grids: tuple[tuple[int, int, int], ...], grid: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
+    """What :class:`CroppedPositions` reads in evaluation, as `corners` says it."""
     # Cached tensors must not be inference tensors: a later training step may save them.
     with torch.inference_mode(False):
         indices, weights = [], []

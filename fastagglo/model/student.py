@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastagglo.features import Features
+from fastagglo.model.budget import BudgetRun, Grids, budget_inputs, run_budget
 from fastagglo.model.config import StudentConfig, preset
 from fastagglo.model.normaliser import BlockNormaliser, FeatureNormaliser
 from fastagglo.model.packing import Geometry, PackedBatch, geometry, patchify, reorder
@@ -98,6 +99,7 @@ class Student(nn.Module):
         window: int | str | None = "config",
         only: Collection[str] | None = None,
         generator: torch.Generator | None = None,
+        run: BudgetRun = run_budget,
     ) -> StudentOutput:
         """Features of a batch for every teacher.
 
@@ -115,6 +117,8 @@ class Student(nn.Module):
             only: names of the teachers to compute; the others cost nothing. None means all.
             generator: random source for training; None is torch's global one. It may be a CPU
                 generator whatever the device.
+            run: of a batch with a capacity, what computes the part of constant shapes;
+                ``torch.compile(run_budget, dynamic=False)``, say.
 
         Returns:
             a dict of teacher name to :class:`~fastagglo.features.Features`: ``summary``
@@ -124,28 +128,62 @@ class Student(nn.Module):
         Raises:
             TypeError: an argument of the wrong kind.
             ValueError: a size that the patch or the window does not divide or that is too large,
-                a batch on another device, or an unknown teacher.
+                a batch on another device or beyond its own capacity, or an unknown teacher.
         """
         if isinstance(batch, Tensor):
             batch = PackedBatch.from_images([batch])
         names = self.heads.select(only)
-        place = self._geometry(batch, window)
+        grids, window = self._mix(batch, window)
+        if batch.capacity is not None:
+            return self._at_capacity(batch, grids, window, rotations, names, generator, run)
+        place = self._geometry(grids, window)
         summary, spatial = self._trunk(batch, place, generator)
         per_teacher: Tensor | dict[str, Tensor] = spatial
         if self.head_blocks:
             per_teacher = {n: self._head_tokens(n, spatial, place) for n in names}
-        outputs = self.heads(self._head_summaries(summary), per_teacher, rotations, names)
+        outputs = self.heads(self.head_summaries(summary), per_teacher, rotations, names)
+        return self._output(summary, spatial, outputs, grids)
+
+    def _at_capacity(
+        self,
+        batch: PackedBatch,
+        grids: Grids,
+        window: int | None,
+        rotations: Mapping[str, Tensor] | None,
+        names: Sequence[str],
+        generator: torch.Generator | None,
+        run: BudgetRun,
+    ) -> StudentOutput:
+        slots, uniform = batch.max_images, None
+        if self.training:
+            uniform = self.positions.draw(slots, generator)
+        keep = self._draw_keep(slots, self.registers, generator)
+        inputs = budget_inputs(
+            self, batch.groups, grids, batch.capacity, slots, window, uniform, keep
+        )
+        summary, rows, outputs = run(self, inputs, rotations or {}, tuple(names))
+        images = batch.num_images
+        found = {n: (None if a is None else a[:images], b) for n, (a, b) in outputs.items()}
+        return self._output(summary[:images], rows, found, grids)
+
+    def _output(
+        self,
+        summary: Tensor,
+        spatial: Tensor,
+        outputs: Mapping[str, tuple[Tensor | None, Tensor | None]],
+        grids: Grids,
+    ) -> StudentOutput:
         features = {
             name: Features(
                 vector,
-                None if tokens is None else _grids(tokens, place, self.config.heads[name].upsample),
+                None if tokens is None else _split(tokens, grids, self.config.heads[name].upsample),
             )
             for name, (vector, tokens) in outputs.items()
         }
         if self.config.summary:
             slots = [self.config.cls_names.index(name) for name in self.config.summary]
             summary = torch.stack([summary[:, slot] for slot in slots], dim=1)
-        return StudentOutput(features, Features(summary.flatten(1), _grids(spatial, place, 1)))
+        return StudentOutput(features, Features(summary.flatten(1), _split(spatial, grids, 1)))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The trunk's tokens of images of one size, as timm's vision transformers give them.
@@ -195,7 +233,7 @@ class Student(nn.Module):
             raise ValueError(f"student: output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         taken = self._taken(indices)
         batch = PackedBatch.from_images([x])
-        place = self._geometry(batch, "config")
+        place = self._geometry(*self._mix(batch, "config"))
         images, prefix = batch.num_images, self.config.prefix_tokens
         tokens = self._embed(batch, place, None)
         last = self._run_blocks(tokens, place, self._draw_keep(images, tokens, None), taken)
@@ -275,14 +313,15 @@ class Student(nn.Module):
             if keep is not None:
                 image = place.image_ids if windowed else place.layout.segment_ids
                 factors = keep[i].index_select(1, image)[..., None]
-            x = self._run_block(block, x, layout, factors)
+            x = self.run_block(block, x, layout, factors)
             if taken is not None and i in taken:
                 taken[i] = x
                 if windowed:
                     taken[i] = reorder(torch.cat([bypass, x]), windows.leave, windows.enter)
         return x  # in packed order: the last layer is always global
 
-    def _run_block(self, block: Block, *args: Any) -> Tensor:
+    def run_block(self, block: Block, *args: Any) -> Tensor:
+        """A block's output, by recomputation in the backward pass if ``checkpoint_blocks``."""
         if self.checkpoint_blocks and torch.is_grad_enabled():
             # Nothing inside draws random numbers, so there is no state to stash.
             return checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False)
@@ -301,7 +340,7 @@ class Student(nn.Module):
         keep = (uniform >= rates) / (1 - rates)
         return keep.to(like.device, like.dtype, non_blocking=True)
 
-    def _head_summaries(self, cls: Tensor) -> Tensor | dict[str, Tensor] | None:
+    def head_summaries(self, cls: Tensor) -> Tensor | dict[str, Tensor] | None:
         """The CLS tokens (N, CLS tokens, C) as the summary heads read them."""
         names = self.config.cls_names
         if not self.heads.specs or names == tuple(self.heads.specs):
@@ -315,10 +354,14 @@ class Student(nn.Module):
         if name not in self.head_blocks:
             return spatial
         for block in self.head_blocks[name]:
-            spatial = self._run_block(block, spatial, place.patch_layout)
+            spatial = self.run_block(block, spatial, place.patch_layout)
         return spatial
 
-    def _geometry(self, batch: PackedBatch, window: int | str | None) -> Geometry:
+    def _geometry(self, grids: Grids, window: int | None) -> Geometry:
+        return geometry(grids, self.config.prefix_tokens, window, self.patch_embed.weight.device)
+
+    def _mix(self, batch: PackedBatch, window: int | str | None) -> tuple[Grids, int | None]:
+        """(images, h, w) in patches of each group of a batch, and its window, if all is well."""
         if not isinstance(batch, PackedBatch):
             raise TypeError(
                 f"student: expected a PackedBatch or a (N, 3, H, W) tensor, got "
@@ -345,7 +388,7 @@ class Student(nn.Module):
                     f"{height} x {width} px ({height // p} x {width // p} patches); use multiples "
                     f"of {unit} px (nearest: {near}), or another window"
                 )
-        return geometry(tuple(grids), self.config.prefix_tokens, window, device)
+        return tuple(grids), window
 
     def _window(self, window: int | str | None) -> int | None:
         if window == "config":
@@ -412,13 +455,15 @@ def _is_head(name: str) -> bool:
     return name.startswith(("heads.", "head_blocks."))
 
 
-def _grids(tokens: Tensor, place: Geometry, upsample: int) -> list[Tensor]:
-    """Patch tokens (T, C * upsample**2) as one (n, h * upsample, w * upsample, C) per group."""
-    parts = tokens.split([n * h * w for n, h, w in place.grids])
-    grids = [
-        part.unflatten(0, (n, h, w)) for part, (n, h, w) in zip(parts, place.grids, strict=True)
-    ]
-    return [pixel_shuffle(g, upsample) for g in grids] if upsample > 1 else grids
+def _split(tokens: Tensor, grids: Grids, upsample: int) -> list[Tensor]:
+    """Patch tokens (T, C * upsample**2) as one (n, h * upsample, w * upsample, C) per group.
+
+    Rows behind the patches are left out.
+    """
+    counts = [n * h * w for n, h, w in grids]
+    *parts, _ = tokens.split([*counts, len(tokens) - sum(counts)])
+    found = [part.unflatten(0, grid) for part, grid in zip(parts, grids, strict=True)]
+    return [pixel_shuffle(g, upsample) for g in found] if upsample > 1 else found
 
 
 def _near(size: int, unit: int) -> str:
