@@ -25,6 +25,15 @@ HEADS = {
     "b": HeadSpec(spatial=8, spatial_blocks=1),
     "c": HeadSpec(summary=7),
 }
+RADIO = {
+    "patch_bias": False,
+    "final_norm": False,
+    "feature_normaliser": True,
+    "cls": ("all", "other", "c", "a"),
+    "summary": ("a", "all"),
+    "pixel_mean": (0.1, 0.2, 0.3),
+    "registers": 1,
+}
 # fp64 throughout: sums over at most some hundred rows in another order.
 CLOSE = {"rtol": 1e-10, "atol": 1e-12}
 
@@ -36,6 +45,9 @@ def student(**overrides: Any) -> Student:
         heads=HEADS,
         **{"depth": 3, "registers": 2, "max_resolution": 128, "layer_scale": 0.5} | overrides,
     )
+    if model.feature_normaliser is not None:
+        for buffer in model.feature_normaliser.buffers():
+            buffer.normal_()
     return model.double()
 
 
@@ -91,8 +103,9 @@ def both(
         (2, {"global_layers": (1,)}),
         (2, {"global_layers": (2,), "mlp": "swiglu"}),
         (None, {"registers": 0, "checkpoint": True}),
+        (2, RADIO),
     ],
-    ids=["global", "windows", "windows first", "recompute"],
+    ids=["global", "windows", "windows first", "recompute", "radio"],
 )
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.float64], ids=str)
 def test_equals_the_batch_as_it_is(
