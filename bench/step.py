@@ -8,11 +8,14 @@ gradient's norm and the gradients of all parameters must agree.
 
     python -m bench step
     pytest bench/step.py --quick
+    python -m bench.step          # where the time of a step goes: bench.step_profile
 """
 
 from __future__ import annotations
 
 import itertools
+import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
@@ -21,6 +24,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
+
+# As train.py does, before torch loads OpenMP.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +43,7 @@ from bench.engine import (  # noqa: F401
 )
 from bench.measure import finish
 from bench.step_cases import FIRST, Case, Remembered, cases, stand_ins
+from bench.step_profile import main
 from fastagglo.data import TrainBatch
 from fastagglo.distill import distiller as distill
 from fastagglo.errors import require
@@ -407,3 +414,7 @@ SUITE = Suite(
     },
     seconds={"cpu": 8.0, "cuda": 2.0},
 )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

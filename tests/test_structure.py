@@ -48,6 +48,7 @@ OPTIONAL = (
     *("timm", "transformers", "open_clip", "PIL", "torchvision", "matplotlib", "rich", "tyro"),
     *("pydantic", "safetensors", "skimage", "sklearn", "tensorboard", "jinja2", "webdataset"),
     *("scipy", "tomli_w", "huggingface_hub", "xformers", "efficientnet_lite_pytorch"),
+    *("pynvml", "torchao"),
 )
 
 CORE = f"""

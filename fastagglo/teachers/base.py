@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from fastagglo.errors import UserError
 from fastagglo.features import Features
@@ -99,6 +102,9 @@ class Teacher(nn.Module):
         tower: maps normalised images ``(N, 3, H, W)`` of ``dtype`` to ``(summary, spatial)``:
             ``(N, C)`` or None and ``(N, h, w, C)`` or None.
         dtype: the dtype of the tower's weights and of its input.
+
+    Attributes:
+        seen: images so far, by height and width: what was really computed.
     """
 
     def __init__(
@@ -111,6 +117,8 @@ class Teacher(nn.Module):
         # Not in the state dict: the specification holds them, and weights alone are saved.
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+        self.seen: Counter[tuple[int, int]] = Counter()
+        self._flops: dict[tuple[int, int], int] = {}
         self.eval()
 
     @property
@@ -146,6 +154,8 @@ class Teacher(nn.Module):
         spec = self.spec
         grid = self._check(images)
         count = images.shape[0]
+        if not torch.compiler.is_compiling():
+            self.seen[images.shape[2], images.shape[3]] += count
         if count == 0:
             return Features(
                 None if spec.summary is None else self.mean.new_zeros(0, spec.summary),
@@ -163,6 +173,22 @@ class Teacher(nn.Module):
             None if spec.summary is None else summary.float(),
             None if spec.spatial is None else spatial.float().contiguous(),
         )
+
+    def flops(self, height: int, width: int) -> int | None:
+        """Forward FLOPs of one image: products, convolutions and attention by rows squared.
+
+        A multiply and an add are 2 FLOPs. Counted without data, once for each size.
+
+        Returns:
+            None for a tower that does not run on PyTorch's meta device.
+        """
+        size = (height, width)
+        if size not in self._flops:
+            try:
+                self._flops[size] = _count_flops(self.tower, height, width, self.dtype)
+            except RuntimeError:
+                return None
+        return self._flops[size]
 
     def _check(self, images: Tensor) -> tuple[int, int]:
         if not isinstance(images, Tensor):
@@ -196,6 +222,21 @@ class Teacher(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec}, dtype={self.dtype}"
+
+
+@torch.no_grad()
+def _count_flops(tower: nn.Module, height: int, width: int, dtype: torch.dtype) -> int:
+    # A copy whose weights have shapes only: what deepcopy finds in its memo it does not copy.
+    memo: dict[int, object] = {}
+    for value in (*tower.parameters(), *tower.buffers()):
+        shape = torch.empty_like(value, device="meta")
+        memo[id(value)] = (
+            nn.Parameter(shape, requires_grad=False) if isinstance(value, nn.Parameter) else shape
+        )
+    hollow = copy.deepcopy(tower, memo)
+    with FlopCounterMode(display=False) as counter:
+        hollow(torch.empty(1, 3, height, width, dtype=dtype, device="meta"))
+    return counter.get_total_flops()
 
 
 def weights_hash(teacher: Teacher) -> str:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -69,6 +70,15 @@ class LazyTeacher:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def seen(self) -> Counter[tuple[int, int]]:
+        """As `Teacher.seen`."""
+        return Counter() if self.teacher is None else self.teacher.seen
+
+    def flops(self, height: int, width: int) -> int | None:
+        """As `Teacher.flops`; None before it is loaded."""
+        return None if self.teacher is None else self.teacher.flops(height, width)
 
     def __call__(self, images: Tensor) -> Features:
         """As `Teacher.forward`."""

@@ -265,6 +265,8 @@ class LogSettings:
     """Write TensorBoard events."""
     progress: bool = True
     """Show the live progress bar."""
+    peak_tflops: float = 0.0
+    """TFLOP/s of a device that MFU is a share of; 0 measures matrix products at the start."""
     max_bad_steps: int = 10
     """Steps in a row with a loss that is not finite before the run stops."""
 
@@ -467,6 +469,7 @@ def check_config(config: RunConfig) -> None:
             "distill.mesa_weight", config.distill.mesa_weight, "it needs distill.ema_decay above 0"
         )
     in_range("log.interval", config.log.interval, 1)
+    in_range("log.peak_tflops", config.log.peak_tflops, 0)
     in_range("log.checkpoint_every", config.log.checkpoint_every, 1)
     in_range("log.max_bad_steps", config.log.max_bad_steps, 1)
     in_range("eval.points", config.eval.points, 0)

@@ -34,6 +34,7 @@ from fastagglo.train.checkpoint import FORMAT, damaged, load_checkpoint, save_ch
 from fastagglo.train.config import EMA_VIEW, RunConfig, TeacherSettings
 from fastagglo.train.distributed import all_agree, is_main, rank_and_world
 from fastagglo.train.evaluation import HeldOut, write_outcome
+from fastagglo.train.gpu_meter import GpuMeter
 from fastagglo.train.inputs import crop_stream, load_split
 from fastagglo.train.optim import build_optimiser, forget, set_learning_rate
 from fastagglo.train.recipe import save_config
@@ -41,6 +42,7 @@ from fastagglo.train.schedule import Planner, eval_steps, learning_rate
 from fastagglo.train.targets import finite_teachers, load_teachers, teacher_features
 from fastagglo.train.telemetry import Telemetry
 from fastagglo.train.verdict import Verdict
+from fastagglo.train.work import StudentWork, measured_peak, teacher_flops
 
 
 def build_student(
@@ -143,6 +145,7 @@ class Trainer:
             reader=None if self.cache is None else self.cache.reader,
         )
         self.held_out = HeldOut(config, self.data, self.planner, self.cache)
+        self.work = StudentWork(student.config, average=config.distill.mesa_weight > 0)
         self.skips = SkipCounter(limit_fraction=config.data.max_bad_share)
         self.step, self.bad_steps = 0, 0
         self.stop_requested = False  # on this rank
@@ -173,6 +176,9 @@ class Trainer:
                 quiet=not config.log.progress,
                 tensorboard=config.log.tensorboard,
                 enabled=is_main(),
+                ranks=self.world,
+                peak_flops=self._peak() if is_main() else None,
+                meter=GpuMeter(self.device) if is_main() else None,
             ) as self.telemetry,
             self._stop_on_signal(),
         ):
@@ -219,6 +225,7 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         losses: dict[str, Tensor] = {}
         images = tokens = 0
+        flops = {"student": 0, "teachers": 0}
         verdict = Verdict(list(self.teachers), self.device)
         for micro in range(micro_steps):
             with telemetry.phase("data"):
@@ -228,10 +235,12 @@ class Trainer:
                 except UserError as error:
                     raise UserError(f"setting data.max_bad_share: {error}") from error
                 batch = batch.to(self.device)
+            before = teacher_flops(self.teachers)
             with telemetry.phase("teachers"):
                 targets = self._targets(batch.groups)
                 finite = finite_teachers(targets)
                 verdict.features(finite)
+            flops["teachers"] += teacher_flops(self.teachers) - before
             self._statistics(targets, finite, first=micro == 0)
             with telemetry.phase("student"):
                 _seed(config.seed, step * micro_steps + micro, self.rank)
@@ -242,6 +251,10 @@ class Trainer:
                 losses[name] = losses.get(name, 0.0) + loss / micro_steps
             images += len(batch.keys) * self.world
             tokens += self._tokens(batch) * self.world
+            shapes = [(len(g.student), *g.student.shape[-2:]) for g in batch.groups]
+            flops["student"] += self.work.step(
+                shapes, window=batch.plan.window, frozen=bool(self._frozen)
+            )
         with telemetry.phase("optimiser"):
             parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
             norm = nn.utils.clip_grad_norm_(parameters, config.optimiser.clip or math.inf)
@@ -263,7 +276,17 @@ class Trainer:
             lr=rate,
             grad_norm=norm,
             skipped=dict(self.skips.counts),
+            flops=flops,
         )
+
+    def _peak(self) -> float:
+        """FLOP/s that MFU is a share of, in the fastest type in use."""
+        if self.config.log.peak_tflops:
+            return self.config.log.peak_tflops * 1e12
+        half = {t.dtype for t in self.config.teachers.values()} - {"float32"}
+        if self.config.optimiser.precision == "bf16" or half:
+            return measured_peak(self.device, torch.bfloat16)
+        return measured_peak(self.device, torch.float32)
 
     def _stops(self) -> bool:
         """Whether to stop now; of several ranks, all must know."""

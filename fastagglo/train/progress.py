@@ -60,6 +60,7 @@ class _Plain(Display):
             self.losses(row),
             self.speed(row),
             self.shares(row),
+            self.gpu(row),
             f"{self.left(done)} left",
         ]
         self.say(" | ".join(part for part in parts if part))
@@ -82,10 +83,30 @@ class _Plain(Display):
 
     def speed(self, row: Mapping[str, Any]) -> str:
         images, tokens = row["images_per_second"], row["tokens_per_second"]
-        return f"{images:.1f} images/s  {tokens:,.0f} tokens/s"
+        parts = [f"{images:.1f} images/s", f"{tokens:,.0f} tokens/s"]
+        if rates := row.get("tflops"):
+            parts.append(f"{sum(rates.values()):.3g} TFLOP/s")
+        if "mfu" in row:
+            parts.append(f"{row['mfu']:.0%} MFU")
+        return "  ".join(parts)
+
+    def gpu(self, row: Mapping[str, Any]) -> str:
+        """What NVML says, or nothing."""
+        found = row.get("gpu") or {}
+        forms = {
+            "utilisation": "GPU {:.0%} busy",
+            "power_w": "{:.0f} W",
+            "joules_per_image": "{:.3g} J/image",
+            "sm_clock_mhz": "{:.0f} MHz",
+        }
+        parts = [form.format(found[key]) for key, form in forms.items() if key in found]
+        if found.get("throttled"):
+            parts.append(f"throttled: {', '.join(found['throttled'])}")
+        return "  ".join(parts)
 
     def shares(self, row: Mapping[str, Any]) -> str:
-        return "  ".join(f"{name} {share:.0%}" for name, share in row["phases"].items())
+        shares = {**row["phases"], "overhead": row["overhead"]}
+        return "  ".join(f"{name} {share:.0%}" for name, share in shares.items())
 
     def left(self, done: int) -> str:
         """Time to the end at the pace since the start, as h:mm:ss."""
@@ -97,7 +118,7 @@ class _Plain(Display):
 
 
 class _Live(_Plain):
-    """Three lines at the foot of the terminal that follow the run."""
+    """A few lines at the foot of the terminal that follow the run."""
 
     def __init__(self, total: int, start: int, teachers: Sequence[str]) -> None:
         super().__init__(total, start, teachers)
@@ -145,4 +166,6 @@ class _Live(_Plain):
         if self._row is not None:
             lines.append(text(f"{self.losses(self._row)}"))
             lines.append(text(f"{self.speed(self._row)} | {self.shares(self._row)}", style="dim"))
+            if gpu := self.gpu(self._row):
+                lines.append(text(gpu, style="dim"))
         self._live.update(self._rich["console"].Group(*lines), refresh=True)

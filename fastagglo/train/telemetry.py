@@ -22,10 +22,14 @@ from torch import Tensor
 
 from fastagglo.errors import UserError, require
 from fastagglo.eval.report import json_values, read_metrics
+from fastagglo.train.gpu_meter import GpuMeter
 from fastagglo.train.progress import make_display
 
 PHASES = ("data", "teachers", "student", "optimiser")
 """The parts of a step, in the order in which they are shown."""
+
+WORK = ("teachers", "student", "optimiser")
+"""The phases that a step is for; all else is overhead."""
 
 # The work between steps: its time is no part of the throughput.
 EVALUATION = "evaluation"
@@ -41,13 +45,23 @@ class Telemetry:
 
         {"kind": "train", "step": 19, "steps": 10, "time": 1764000000.0, "seconds": 3.1,
          "loss": {"clip": 0.7}, "images_per_second": 77.4, "tokens_per_second": 6100.0,
-         "phases": {"data": 0.02, ...}, "lr": 0.001, "grad_norm": 0.4,
-         "skipped": {"corrupt": 1}, "memory_mb": 2100.0}
+         "phases": {"data": 0.02, ...}, "overhead": 0.03, "data_wait_ms": 6.2,
+         "tflops": {"student": 0.04, "teachers": 0.01}, "mfu": 0.45, "peak_tflops": 0.11,
+         "lr": 0.001, "grad_norm": 0.4, "skipped": {"corrupt": 1}, "memory_mb": 2100.0,
+         "gpu": {"utilisation": 0.98, "power_w": 610.0, "joules_per_image": 0.9, ...}}
 
     ``step`` is the last step of the interval and ``steps`` their number; ``time`` is the Unix time
     and ``seconds`` the interval's length, without evaluations; ``phases`` are shares of that
-    length, in [0, 1]; ``memory_mb`` is the peak of the resident memory so far (on CUDA,
-    ``cuda_memory_mb`` is the allocator's). Other kinds of rows come from `event`.
+    length, in [0, 1]; ``overhead`` is the share outside teachers, student and optimiser, and
+    ``data_wait_ms`` the mean wait for data of a step; ``memory_mb`` is the peak of the resident
+    memory so far (on CUDA, ``cuda_memory_mb`` is the allocator's). Other kinds of rows come from
+    `event`.
+
+    ``tflops`` are TFLOP/s of useful work (`fastagglo.train.work`) by part, of this process's
+    device, and ``mfu`` is their sum over ``peak_tflops``, where that is known: the rate of a
+    product of square matrices, measured at the start, or the setting ``log.peak_tflops``. What
+    runs in a faster type than the one the peak was measured in counts as it is. ``gpu`` comes from
+    NVML (`fastagglo.train.gpu_meter.GpuMeter.read`) and is of this process's GPU.
 
     Args:
         run_dir: the run's folder, which exists.
@@ -59,6 +73,9 @@ class Telemetry:
         start_step: the first step to come; more than 0 when a run is resumed. Rows of this step
             and later ones, which a killed run may have left, are dropped: they are made again.
         enabled: False on the ranks that write and print nothing.
+        ranks: processes that share the images of a step.
+        peak_flops: FLOP/s of the device that ``mfu`` is a share of, or None.
+        meter: of the GPU, or None.
 
     Raises:
         UserError: a file cannot be written (the message names it), a package is missing, or
@@ -77,6 +94,9 @@ class Telemetry:
         interval: int = 10,
         start_step: int = 0,
         enabled: bool = True,
+        ranks: int = 1,
+        peak_flops: float | None = None,
+        meter: GpuMeter | None = None,
     ) -> None:
         for name, value, least in (
             ("total_steps", total_steps, 1),
@@ -88,6 +108,7 @@ class Telemetry:
         self.run_dir, self.path = Path(run_dir), Path(run_dir) / "metrics.jsonl"
         self.total_steps, self.interval, self.start_step = total_steps, interval, start_step
         self.enabled = enabled
+        self.ranks, self.peak_flops, self._meter = ranks, peak_flops, meter
         self._step = start_step - 1  # the last step that was reported
         self._file: Any = None
         self._board = _Board(self.run_dir, start_step) if enabled and tensorboard else None
@@ -106,6 +127,10 @@ class Telemetry:
                 self._board.open()
         self._display.start()
         self._clear()
+        if self.enabled and self._meter is not None:
+            self._meter.restart()
+            if self._meter.problem:
+                self.event("gpu_meter", problem=self._meter.problem)
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -119,6 +144,8 @@ class Telemetry:
             self._display.stop()
             if self._file is not None:
                 self._file.close()
+            if self._meter is not None:
+                self._meter.close()
             if self._board is not None:
                 self._board.close(quietly=error is not None)
 
@@ -160,6 +187,7 @@ class Telemetry:
         grad_norm: Tensor | float | None = None,
         skipped: Mapping[str, int] | None = None,
         extra: Mapping[str, Tensor | float] | None = None,
+        flops: Mapping[str, int] | None = None,
     ) -> None:
         """Report a finished step.
 
@@ -172,6 +200,7 @@ class Telemetry:
             grad_norm: 0-d, before clipping.
             skipped: images left out by reason, since the start of the run.
             extra: other 0-d values, averaged into the row's ``extra``.
+            flops: that this process's device has computed, by part: "student", "teachers".
         """
         self._step = step
         if not self.enabled:
@@ -180,6 +209,8 @@ class Telemetry:
         self._images += images
         self._tokens += tokens
         self._lr, self._skipped = lr, dict(skipped or {})
+        for part, count in (flops or {}).items():
+            self._flops[part] = self._flops.get(part, 0) + count
         self._keep("loss", losses)
         self._keep("extra", extra or {})
         if grad_norm is not None:
@@ -227,6 +258,9 @@ class Telemetry:
             "images_per_second": self._images / seconds,
             "tokens_per_second": self._tokens / seconds,
             "phases": {name: share / whole for name, share in shares.items()},
+            "overhead": 1 - sum(shares.get(name, 0.0) for name in WORK) / whole,
+            "data_wait_ms": 1000 * shares.get("data", 0.0) / self._steps,
+            **self._rates(seconds),
             "lr": self._lr,
             "grad_norm": values.get("grad_norm", {}).get(""),
             "skipped": self._skipped,
@@ -234,6 +268,8 @@ class Telemetry:
         }
         if "extra" in values:
             row["extra"] = values["extra"]
+        if self._meter is not None and (found := self._meter.read(self._images / self.ranks)):
+            row["gpu"] = found
         self._clear()
         self._write(row)
         if self._board is not None:
@@ -261,6 +297,7 @@ class Telemetry:
 
     def _clear(self) -> None:
         self._steps = self._images = self._tokens = 0
+        self._flops: dict[str, int] = {}
         self._lr: float = 0.0
         self._skipped: dict[str, int] = {}
         self._values: dict[tuple[str, str], list[Tensor | float]] = {}
@@ -295,6 +332,15 @@ class Telemetry:
         for span in self._spans:
             busy[span.name] = busy.get(span.name, 0.0) + span.seconds()
         return busy
+
+    def _rates(self, seconds: float) -> dict[str, Any]:
+        if not self._flops:
+            return {}
+        rates = {part: count / seconds / 1e12 for part, count in self._flops.items()}
+        if self.peak_flops is None:
+            return {"tflops": rates}
+        peak = self.peak_flops / 1e12
+        return {"tflops": rates, "mfu": sum(rates.values()) / peak, "peak_tflops": peak}
 
     def _write(self, row: Mapping[str, object]) -> None:
         if self._file is None:
@@ -385,8 +431,11 @@ class _Board:
             "optimiser/lr": row["lr"],
             "optimiser/grad_norm": row["grad_norm"],
             "memory/peak_mb": row["memory_mb"],
+            "throughput/mfu": row.get("mfu"),
+            "time/overhead": row["overhead"],
         }
-        for group, key in (("loss", "loss"), ("time", "phases"), ("extra", "extra")):
+        groups = {"loss": "loss", "time": "phases", "extra": "extra", "tflops": "tflops"}
+        for group, key in (groups | {"gpu": "gpu"}).items():
             named |= {f"{group}/{name}": value for name, value in row.get(key, {}).items()}
         self._add(named, row["step"])
 

@@ -17,7 +17,10 @@ from fastagglo.train.checkpoint import load_checkpoint, save_checkpoint
 
 CPU = torch.device("cpu")
 # What a run says about itself and the machine; everything else in a row must repeat.
-MEASURED = ("time", "seconds", "images_per_second", "tokens_per_second", "phases", "memory_mb")
+MEASURED = (
+    *("time", "seconds", "images_per_second", "tokens_per_second", "phases", "memory_mb"),
+    *("overhead", "data_wait_ms", "tflops", "mfu", "peak_tflops"),
+)
 
 # A process of its own stands still at the end of a step until the test lets it go on.
 HOLD = """

@@ -265,6 +265,35 @@ def test_phases_are_shares_of_the_interval(make, metrics):
     assert row["phases"]["data"] < row["phases"]["teachers"] < row["phases"]["student"]
 
 
+def test_overhead_is_all_but_the_work(make, metrics):
+    """And the wait for data is a part of it, in milliseconds a step."""
+    with make(interval=2) as telemetry:
+        for step in range(2):
+            for name, seconds in (("data", 0.02), ("student", 0.06)):
+                with telemetry.phase(name):
+                    spin(seconds)
+            spin(0.02)
+            report(telemetry, step)
+    (row,) = strict_rows(metrics)
+    assert row["overhead"] == pytest.approx(1 - row["phases"]["student"])
+    assert row["overhead"] > row["phases"]["data"] > 0.02
+    assert row["data_wait_ms"] == pytest.approx(1000 * row["phases"]["data"] * row["seconds"] / 2)
+
+
+def test_flops_are_rates_and_a_share_of_the_peak(make, metrics, capsys):
+    with make(interval=2, peak_flops=4e12, quiet=False) as telemetry:
+        for step in range(3):
+            spin(0.001)
+            report(telemetry, step, flops={"student": 3_000_000, "teachers": 1_000_000})
+    first, last = strict_rows(metrics)
+    assert first["tflops"]["student"] == pytest.approx(6e-6 / first["seconds"])
+    assert first["mfu"] == pytest.approx(8e-6 / first["seconds"] / 4)
+    assert first["peak_tflops"] == 4
+    assert last["tflops"]["teachers"] == pytest.approx(1e-6 / last["seconds"])
+    assert "TFLOP/s" in (line := capsys.readouterr().out.splitlines()[0])
+    assert "MFU" in line
+
+
 def test_nested_phases_count_once(make, metrics):
     with make(interval=1) as telemetry:
         with telemetry.phase("student"):
