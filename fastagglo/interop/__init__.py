@@ -1,6 +1,7 @@
 """The ops inside models of other libraries, and the student in other libraries' formats."""
 
 from fastagglo.interop.load import load
+from fastagglo.interop.packing import PackedModel, pack
 from fastagglo.interop.patching import PatchedModule, PatchReport, patch, unpatch
 from fastagglo.interop.radio import (
     RadioMismatch,
@@ -13,6 +14,7 @@ from fastagglo.interop.radio import (
 )
 
 __all__ = [
+    "PackedModel",
     "PatchReport",
     "PatchedModule",
     "RadioMismatch",
@@ -21,6 +23,7 @@ __all__ = [
     "from_radio",
     "load",
     "load_radio",
+    "pack",
     "patch",
     "save_radio",
     "to_radio",

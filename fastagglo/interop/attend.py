@@ -19,13 +19,19 @@ _TILED = ("cuda",)
 class Segments(NamedTuple):
     """What packed attention takes beside queries, keys and values.
 
+    Packed and merged tokens take it through a model's blocks where a mask would go.
+
     Attributes:
         layout: of the rows of a ``(1, T, C)`` or ``(N, L, C)`` batch, taken one after the other.
         key_bias: ``(T,)`` added to the logits of each key, or None.
+        rotate_all: rotary embeddings have a row for every token, prefix tokens included.
+        keys: where attention leaves its keys ``(N, L, H, D)``, or None.
     """
 
     layout: PackedLayout
     key_bias: Tensor | None = None
+    rotate_all: bool = False
+    keys: list[Tensor] | None = None
 
 
 def even_layout(x: Tensor) -> PackedLayout:
@@ -102,6 +108,8 @@ def mask_bias(mask: Any, x: Tensor) -> Tensor | None:
 
 def segments_of(x: Tensor, mask: Any) -> Segments | None:
     """What attention over a batch ``(N, L, ...)`` with a mask is, or None if it is not ours."""
+    if isinstance(mask, Segments):
+        return mask
     if mask is None:
         return Segments(even_layout(x))
     bias = mask_bias(mask, x)
@@ -114,6 +122,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, where: Segments, scale: float | None
     Returns:
         ``(N, L, H, D)``.
     """
+    if where.keys is not None:
+        where.keys.append(k)
     rows = (x.reshape(-1, *x.shape[2:]) for x in (q, k, v))
     out = packed_attention(*rows, where.layout, key_bias=where.key_bias, scale=scale)
     return out.view(*q.shape[:2], *out.shape[1:])
@@ -121,5 +131,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, where: Segments, scale: float | None
 
 def attend_qkv(qkv: Tensor, where: Segments) -> Tensor:
     """:func:`attend` of a fused ``(N, L, 3, H, D)`` projection."""
+    if where.keys is not None:
+        where.keys.append(qkv.select(2, 1))
     out = packed_attention_qkv(qkv.flatten(0, 1), where.layout, key_bias=where.key_bias)
     return out.view(*qkv.shape[:2], *out.shape[1:])
+
+
+def refuse_segments(mask: Any, why: str) -> None:
+    """Packed and merged tokens have no other road.
+
+    Raises:
+        ValueError: ``mask`` is one of ours.
+    """
+    if isinstance(mask, Segments):
+        raise ValueError(
+            f"packed and merged tokens cannot run with {why}: call model.eval() or set the "
+            "dropout to 0"
+        )

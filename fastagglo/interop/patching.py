@@ -155,6 +155,13 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_patched(attention: nn.Module) -> bool:
+    """Whether an attention module takes packed tokens."""
+    if qualified(attention) in transformers_modules.ATTENTIONS:
+        return attention.config._attn_implementation == transformers_modules.NAME
+    return isinstance(attention, Swapped)
+
+
 def check_module(owner: str, model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"{owner}: model must be a torch.nn.Module, got {type(model).__name__}")

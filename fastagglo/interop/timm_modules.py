@@ -14,7 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastagglo.interop.attend import Segments, attend, attend_qkv, even_layout, segments_of
+from fastagglo.interop.attend import (
+    Segments,
+    attend,
+    attend_qkv,
+    even_layout,
+    refuse_segments,
+    segments_of,
+)
 from fastagglo.interop.swap import Swapped
 
 # The widest head of the kernels: beyond it a bias written into the head gains nothing.
@@ -29,6 +36,7 @@ class _TimmSelfAttention(Swapped):
         dropped = self.training and self.attn_drop.p > 0
         watched = self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks
         if dropped or watched or options.get("is_causal"):
+            refuse_segments(mask, "dropout of attention weights, hooks on it or is_causal")
             return None
         return segments_of(x, mask)
 
@@ -80,7 +88,7 @@ class TimmRopeAttention(_TimmSelfAttention):
             k, v = (y(x).unflatten(-1, (keys, -1)) for y in (self.k_proj, self.v_proj))
         q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
-            prefix = self.num_prefix_tokens
+            prefix = 0 if where.rotate_all else self.num_prefix_tokens
             half = getattr(self, "rotate_half", False)
             q, k = (rotated(y, rope, prefix, half).type_as(v) for y in (q, k))
         if (groups := getattr(self, "num_kv_groups", 1)) > 1:

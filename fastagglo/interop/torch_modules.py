@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastagglo.interop import transformers_modules
-from fastagglo.interop.attend import Segments, attend_qkv, segments_of
+from fastagglo.interop.attend import Segments, attend_qkv, refuse_segments, segments_of
 from fastagglo.interop.swap import Swapped, plain, qualified
 from fastagglo.ops import gelu_linear_residual
 
@@ -35,6 +35,7 @@ class MultiheadAttention(Swapped):
     ) -> tuple[Tensor, Tensor | None]:
         where = self._where(query, key, value, key_padding_mask, need_weights, attn_mask, is_causal)
         if where is None:
+            refuse_segments(attn_mask, "dropout of attention weights, or weights asked for")
             return super().forward(
                 query,
                 key,

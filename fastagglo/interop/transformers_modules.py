@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fastagglo.interop.attend import attend, segments_of
+from fastagglo.interop.attend import attend, refuse_segments, segments_of
 from fastagglo.interop.swap import Swapped
 from fastagglo.interop.timm_modules import WIDEST, biased_grid_attention, sam_limit, widened
 
@@ -112,6 +112,7 @@ def interface(
     if where is not None:
         rows = (x.transpose(1, 2) for x in (query, key, value))
         return attend(*rows, where, scaling), None
+    refuse_segments(attention_mask, "dropout of attention weights or a causal mask")
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     return ALL_ATTENTION_FUNCTIONS[BEFORE](
