@@ -122,8 +122,9 @@ def test_siglip2(helpers):
 
     before = helpers.run(each, model, *images)
     packed = fastagglo.pack(model)
-    # float64: in float32 the gradients of keys' biases, which cancel to nothing, are noise.
-    helpers.same(before, helpers.run(lambda: packed(images), model, *images), 1e-10)
+    # float64: in float32 the gradients of keys' biases, which cancel to nothing, are noise. Siglip2
+    # resizes positions in float32.
+    helpers.same(before, helpers.run(lambda: packed(images), model, *images), 1e-6)
     (first, *_) = packed(images)
     assert first.pooler_output.shape == (32,)
     assert first.last_hidden_state.shape == (6, 32)
