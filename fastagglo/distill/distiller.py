@@ -14,14 +14,15 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastagglo.distill.balance import make_balancer, teacher_dropping
-from fastagglo.distill.dispersion import Dispersion
-from fastagglo.distill.ema import mesa_loss
+from fastagglo.distill.dispersion import Dispersion, update_together
+from fastagglo.distill.ema import mesa_loss, mesa_weight
 from fastagglo.distill.phi_s import PhiS
 from fastagglo.errors import UserError
 from fastagglo.features import Features
@@ -46,9 +47,8 @@ class Matching:
     resize: str = "larger"
 
 
-@dataclass(frozen=True)
-class DistillOutput:
-    """Losses of a step.
+class DistillOutput(NamedTuple):
+    """Losses of a step. (A tuple, in which DDP and FSDP find the tensors.)
 
     Attributes:
         total: what to differentiate, 0-d.
@@ -143,29 +143,42 @@ class Distiller(nn.Module):
             statistics.reset()
 
     def observe(self, targets: Sequence[Mapping[str, Features]]) -> None:
-        """Take one batch of teacher features (per image group) into the statistics."""
+        """Take one batch of teacher features (per image group) into the statistics.
+
+        A collective call: every rank takes part, also with nothing to take in.
+        """
+        summaries: dict[str, list[Tensor]] = {name: [] for name in self.dispersions}
         for group in targets:
             for name, features in group.items():
                 if name in self.fitting and features.spatial is not None:
                     self.fitting[name].update(features.spatial)
                 if name in self.dispersions and features.summary is not None:
-                    self.dispersions[name].update(features.summary)
+                    summaries[name].append(features.summary)
+        update_together(self.dispersions, summaries)
 
     @torch.no_grad()
     def gather_statistics(self) -> None:
         """Give rank 0 the statistics of all ranks, for its checkpoint, and leave the others none.
 
         Their sum over ranks, which `refresh` puts into use, stays the same. A collective call.
-        (Dispersions that go on from there know the mean direction of all ranks a little sooner.)
         """
         if not dist.is_initialized():
             return
         for phi in self.fitting.values():
             phi.all_reduce()
         for dispersion in self.dispersions.values():
-            dispersion.load_state_dict(dispersion.merged().state_dict())
+            total = dispersion.merged()
+            dispersion.reset()
+            dispersion.load_state_dict(total.state_dict())
         if dist.get_rank() > 0:
-            self.start_fitting()
+            self.disown_statistics()
+
+    def disown_statistics(self) -> None:
+        """Leave the statistics, the same on all ranks, to another rank that goes on with them."""
+        for phi in self.fitting.values():
+            phi.reset()
+        for dispersion in self.dispersions.values():
+            dispersion.disown()
 
     @torch.no_grad()
     def refresh(self, *, settle: bool, average: Student | None = None) -> list[nn.Module]:
@@ -257,7 +270,11 @@ class Distiller(nn.Module):
             average_shifts: for each group, the offsets of its views from the student's.
         """
         output = self.student(batch, rotations=self._folded_rotations(), window=window)
-        pairs = self._with_denominators(list(self._pairs(output, batch, targets, shifts)))
+        mesa = None
+        if average is not None:
+            mesa = (output.backbone.spatial, average.backbone.spatial, average_shifts)
+        pairs = list(self._pairs(output, batch, targets, shifts))
+        pairs, denominator = self._with_denominators(pairs, mesa)
         result = multi_teacher_loss(
             [pair.prediction for pair in pairs],
             [pair.target for pair in pairs],
@@ -274,9 +291,8 @@ class Distiller(nn.Module):
                 loss = weighted.sum() / pair.term.denominator
             losses[pair.teacher] = losses.get(pair.teacher, 0.0) + pair.weight * loss
         total, _ = self.balancer(losses)
-        if average is not None:
-            mesa = mesa_loss(output.backbone.spatial, average.backbone.spatial, average_shifts)
-            losses["mesa"] = self.mesa_weight * mesa
+        if mesa is not None:
+            losses["mesa"] = self.mesa_weight * mesa_loss(*mesa, denominator)
             total = total + losses["mesa"]
         return DistillOutput(total, {name: loss.detach() for name, loss in losses.items()})
 
@@ -355,25 +371,32 @@ class Distiller(nn.Module):
                     weight, prediction = match.summary_weight, summaries[index]
                     yield _Pair(name, "summary", images, weight, summary, prediction, goal.summary)
 
-    def _with_denominators(self, pairs: list[_Pair]) -> list[_Pair]:
-        """Give the terms of one teacher and kind a common denominator over groups and ranks."""
-        kinds = list(dict.fromkeys((pair.teacher, pair.kind) for pair in pairs))
-        sums = torch.zeros(len(kinds), device=pairs[0].prediction.device)
+    def _with_denominators(
+        self, pairs: list[_Pair], mesa: tuple[Any, ...] | None
+    ) -> tuple[list[_Pair], Tensor]:
+        """Give the terms of one teacher and kind a common denominator over groups and ranks.
+
+        Beside them MESA's, of the arguments ``mesa`` of its loss.
+        """
+        # The same places on every rank, whatever a rank has to compare.
+        kinds = [(name, kind) for name in self.matching for kind in ("spatial", "summary")]
+        places = {kind: place for place, kind in enumerate(kinds)}
+        sums = torch.zeros(len(kinds) + 1, device=pairs[0].prediction.device)
         for pair in pairs:
             weights = term_image_weights(pair.prediction.shape, pair.target.shape, pair.term)
-            sums[kinds.index((pair.teacher, pair.kind))] += weights.sum()
+            sums[places[pair.teacher, pair.kind]] += weights.sum()
+        if mesa is not None:
+            sums[-1] = mesa_weight(*mesa)
         if dist.is_initialized():
             # Gradients are averaged over ranks, so each rank divides by its share of the sum.
             dist.all_reduce(sums)
             sums /= dist.get_world_size()
         sums.clamp_(min=1e-12)
-        return [
-            replace(
-                pair,
-                term=replace(pair.term, denominator=sums[kinds.index((pair.teacher, pair.kind))]),
-            )
-            for pair in pairs
-        ]
+        found = []
+        for pair in pairs:
+            denominator = sums[places[pair.teacher, pair.kind]]
+            found.append(replace(pair, term=replace(pair.term, denominator=denominator)))
+        return found, sums[-1]
 
     def _kept_shares(self, pairs: list[_Pair], per_image: Sequence[Tensor], images: int) -> Tensor:
         """``(teachers, images)`` coefficients of teacher dropping, with a mean of 1."""

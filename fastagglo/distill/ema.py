@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from fastagglo.ops.loss import LossTerm, multi_teacher_loss
+from fastagglo.ops.loss import LossTerm, multi_teacher_loss, term_image_weights
 
 
 def make_ema(student: nn.Module, decay: float = 0.9996) -> AveragedModel:
@@ -50,6 +50,7 @@ def mesa_loss(
     student_spatial: Sequence[Tensor],
     ema_spatial: Sequence[Tensor],
     shifts: Sequence[Tensor | tuple[float, float] | None] | None = None,
+    denominator: Tensor | None = None,
 ) -> Tensor:
     """MSE between the layer-normalised backbone features of the student and of its moving average.
 
@@ -63,6 +64,8 @@ def mesa_loss(
             gradient flows into it.
         shifts: per group None or ``(dy, dx)`` or ``(N_i, 2)``: where the average's crop starts
             relative to the student's, in cells of the student's grid. None: the same crops.
+        denominator: 0-d, what the weighted sum over images is divided by, for a mean over several
+            ranks (see :func:`mesa_weight`). None: the sum of the weights of these images.
 
     Returns:
         0-d loss; zero for no groups.
@@ -86,5 +89,21 @@ def mesa_loss(
         [LossTerm(kind="mse", shift=shift) for shift in shifts],
     )
     total = sum((w * x).sum() for w, x in zip(loss.image_weights, loss.per_image, strict=True))
-    weight = sum(w.sum() for w in loss.image_weights)
-    return total / torch.where(weight > 0, weight, 1)
+    if denominator is None:
+        denominator = sum(w.sum() for w in loss.image_weights)
+    return total / torch.where(denominator > 0, denominator, 1)
+
+
+def mesa_weight(
+    student_spatial: Sequence[Tensor],
+    ema_spatial: Sequence[Tensor],
+    shifts: Sequence[Tensor | None] | None = None,
+) -> Tensor:
+    """Sum of the image weights of :func:`mesa_loss` of these arguments, 0-d float32."""
+    device = student_spatial[0].device
+    total = torch.zeros((), device=device)
+    shifts = [None] * len(student_spatial) if shifts is None else shifts
+    for ours, theirs, shift in zip(student_spatial, ema_spatial, shifts, strict=True):
+        term = LossTerm("mse", shift=shift)
+        total += term_image_weights(ours.shape, theirs.shape, term).sum().to(device)
+    return total

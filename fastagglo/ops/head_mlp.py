@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fastagglo.ops.autocast import autocast_enabled
 from fastagglo.ops.mlp import norm_gelu_linear, shared_linear, uses_triton
+from fastagglo.ops.sharded import overwrite, whole
 
 
 class LayerNorm(nn.LayerNorm):
@@ -126,11 +127,11 @@ class Head(nn.Module):
 
     def _rotated(self, matrix: Tensor, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """``matrix @ W, matrix @ b`` of the last layer, per replica, in ``dtype`` or wider."""
-        last = self.last
-        wide = torch.promote_types(last.weight.dtype, dtype)
-        weight = last.weight.to(wide).unflatten(0, (-1, self.out_features))
-        bias = last.bias.to(wide).unflatten(0, (-1, self.out_features))
-        device = last.weight.device
+        weight, bias = whole(self.last.weight), whole(self.last.bias)
+        wide = torch.promote_types(weight.dtype, dtype)
+        device = weight.device
+        weight = weight.to(wide).unflatten(0, (-1, self.out_features))
+        bias = bias.to(wide).unflatten(0, (-1, self.out_features))
         plain = autocast_enabled(device)
         with torch.autocast(device.type, enabled=False) if plain else nullcontext():
             matrix = matrix.to(wide)
@@ -140,6 +141,8 @@ class Head(nn.Module):
     def rotate_output_(self, rotation: Tensor) -> None:
         """``W <- R W, b <- R b`` in the last layer, in place, computed in fp64.
 
+        A collective call where FSDP has sharded the layer.
+
         ``forward(x, rotation=R)`` afterwards equals ``forward(x)`` before, for an orthogonal R:
         a head that has learned in the teacher's own axes can start on PHI-S targets.
 
@@ -148,8 +151,8 @@ class Head(nn.Module):
         """
         check_rotation("rotation", rotation, self.out_features, self.fc1.weight.device)
         weight, bias = self._rotated(rotation, torch.float64)
-        self.last.weight.copy_(weight)
-        self.last.bias.copy_(bias)
+        overwrite(self.last.weight, weight)
+        overwrite(self.last.bias, bias)
 
     @torch.no_grad()
     def fold_affine_(
@@ -158,7 +161,8 @@ class Head(nn.Module):
         """``W <- scale * R^T W, b <- scale * R^T b + mean`` in place, computed in fp64.
 
         A head that predicts the normalised target ``R (y - mean) / scale`` then predicts ``y``,
-        the teacher's own features: what an exported model should give.
+        the teacher's own features: what an exported model should give. A collective call where
+        FSDP has sharded the layer.
 
         Args:
             mean: (out_features,).
@@ -176,8 +180,8 @@ class Head(nn.Module):
         check_rotation("rotation", rotation, size, device)
         weight, bias = self._rotated(rotation.mT, torch.float64)
         rows = scale.expand(size).repeat(self.upsample**2)
-        self.last.weight.copy_(weight * rows[:, None])
-        self.last.bias.copy_(bias * rows + mean.repeat(self.upsample**2))
+        overwrite(self.last.weight, weight * rows[:, None])
+        overwrite(self.last.bias, bias * rows + mean.repeat(self.upsample**2))
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, upsample={self.upsample}"

@@ -222,6 +222,21 @@ class DistillSettings:
 
 
 @dataclass(frozen=True)
+class DistributedSettings:
+    """How several processes, started by torchrun, share one model."""
+
+    __pydantic_config__ = _STRICT
+
+    strategy: Literal["ddp", "fsdp2"] = "ddp"
+    """ddp keeps the whole model on every rank; fsdp2 a part of weights, gradients and averages."""
+    shard: int = 0
+    """fsdp2: ranks that share one copy of the model, such as the GPUs of a node; other ranks hold
+    further copies. 0 shares one among all."""
+    reduce: Literal["float32", "bfloat16"] = "float32"
+    """What gradients are averaged in over ranks; bfloat16 halves the traffic."""
+
+
+@dataclass(frozen=True)
 class CacheSettings:
     """Teacher features kept on disk, so that later epochs and students skip the teachers."""
 
@@ -295,6 +310,7 @@ class RunConfig:
     stages: tuple[StageSettings, ...] = (StageSettings(),)
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
     distill: DistillSettings = field(default_factory=DistillSettings)
+    distributed: DistributedSettings = field(default_factory=DistributedSettings)
     cache: CacheSettings = field(default_factory=CacheSettings)
     eval: EvalSettings = field(default_factory=EvalSettings)
     log: LogSettings = field(default_factory=LogSettings)
@@ -468,6 +484,12 @@ def check_config(config: RunConfig) -> None:
         refuse(
             "distill.mesa_weight", config.distill.mesa_weight, "it needs distill.ema_decay above 0"
         )
+    shard = config.distributed.shard
+    in_range("distributed.shard", shard, 0)
+    if shard == 1:
+        refuse("distributed.shard", 1, "a whole copy on every rank is strategy ddp; give 2 or more")
+    if shard and config.distributed.strategy == "ddp":
+        refuse("distributed.shard", shard, "with strategy ddp nothing is sharded; choose fsdp2")
     in_range("log.interval", config.log.interval, 1)
     in_range("log.peak_tflops", config.log.peak_tflops, 0)
     in_range("log.checkpoint_every", config.log.checkpoint_every, 1)

@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastagglo.data import GroupViews, SkipCounter, TrainBatch, make_loader
 from fastagglo.distill import Distiller, DistillOutput, Matching, make_ema
@@ -27,6 +26,7 @@ from fastagglo.model import (
     save_student,
     warm_start,
 )
+from fastagglo.ops.sharded import whole
 from fastagglo.teachers import Teacher
 from fastagglo.train import run_folder
 from fastagglo.train.cache import FeatureCache
@@ -37,6 +37,7 @@ from fastagglo.train.evaluation import HeldOut, write_outcome
 from fastagglo.train.gpu_meter import GpuMeter
 from fastagglo.train.inputs import crop_stream, load_split
 from fastagglo.train.optim import build_optimiser, forget, set_learning_rate
+from fastagglo.train.parallel import Parallel
 from fastagglo.train.recipe import save_config
 from fastagglo.train.schedule import Planner, eval_steps, learning_rate
 from fastagglo.train.targets import finite_teachers, load_teachers, teacher_features
@@ -103,29 +104,20 @@ class Trainer:
     def __init__(self, config: RunConfig, device: torch.device, resume: Path | None = None) -> None:
         self.config, self.device = config, device
         self.rank, self.world = rank_and_world()
+        self.parallel = Parallel(config.distributed, device)
         torch.set_num_threads(config.threads or torch.get_num_threads())
         self.cache = FeatureCache(config, device) if config.cache.folder else None
         self.teachers = load_teachers(config, device) if self.cache is None else self.cache.teachers
         self._check_widths()
-        widths = {n: (t.spec.summary, t.spec.spatial) for n, t in self.teachers.items()}
         _seed(config.seed, 0, 0)  # the student is the same whether teachers were built or not
-        try:
-            student = build_student(config, widths).to(device)
-        except ValueError as error:  # settings that contradict each other
-            raise UserError(f"setting student: {error}") from error
+        self.distiller = self._make_distiller().to(device)
+        student = self.distiller.student
         self.planner = Planner(
             config,
             {n: t.spec for n, t in self.teachers.items()},
             student.config.patch_size,
             self.world,
         )
-        self.distiller = Distiller(
-            student,
-            {name: _matching(t, self.teachers[name]) for name, t in config.teachers.items()},
-            balance=config.distill.balance,
-            teacher_drop=config.distill.teacher_drop,
-            mesa_weight=config.distill.mesa_weight,
-        ).to(device)
         self.warm_start: WarmStart | None = None
         if config.student.init and resume is None:
             try:
@@ -133,7 +125,11 @@ class Trainer:
             except UserError as error:
                 raise UserError(f"setting student.init: {error}") from error
             self.distiller.heads_are_in_teacher_space(self.warm_start.copied)
+        self.parallel.start_alike(self.distiller)
         self.ema = make_ema(student, config.distill.ema_decay) if config.distill.ema_decay else None
+        self.parallel.shard(self.distiller, student)
+        if self.ema is not None:
+            self.parallel.shard(self.ema.module, self.ema.module)
         self.optimiser = build_optimiser(student, self.distiller.balancer, config.optimiser)
         self.data = load_split(config)
         self.stream = crop_stream(
@@ -147,6 +143,7 @@ class Trainer:
         self.held_out = HeldOut(config, self.data, self.planner, self.cache)
         self.work = StudentWork(student.config, average=config.distill.mesa_weight > 0)
         self.skips = SkipCounter(limit_fraction=config.data.max_bad_share)
+        self._loss_names = [*config.teachers, *["mesa"] * (config.distill.mesa_weight > 0)]
         self.step, self.bad_steps = 0, 0
         self.stop_requested = False  # on this rank
         self._stopping = False  # on all ranks
@@ -208,12 +205,8 @@ class Trainer:
             finished = self.step == total
             if finished and total in eval_steps(config):
                 self._evaluate()
-        if is_main() and finished:
-            save_student(self.distiller.export(), folder / run_folder.STUDENT)
-            if self.ema is not None:
-                average = self.distiller.export(self.ema.module)
-                save_student(average, folder / run_folder.AVERAGE)
-            write_outcome(folder, config, self.distiller, self.teachers, self.held_out)
+        if finished:
+            self._export(folder)
         return finished
 
     def _one_step(self, batches: Iterator[TrainBatch]) -> None:
@@ -242,7 +235,10 @@ class Trainer:
                 verdict.features(finite)
             flops["teachers"] += teacher_flops(self.teachers) - before
             self._statistics(targets, finite, first=micro == 0)
-            with telemetry.phase("student"):
+            with (
+                telemetry.phase("student"),
+                self.parallel.micro_step(self._module, last=micro + 1 == micro_steps),
+            ):
                 _seed(config.seed, step * micro_steps + micro, self.rank)
                 output = self._forward(batch, targets)
                 verdict.loss(output.total)
@@ -257,7 +253,7 @@ class Trainer:
             )
         with telemetry.phase("optimiser"):
             parameters = [p for g in self.optimiser.param_groups for p in g["params"]]
-            norm = nn.utils.clip_grad_norm_(parameters, config.optimiser.clip or math.inf)
+            norm = whole(nn.utils.clip_grad_norm_(parameters, config.optimiser.clip or math.inf))
             verdict.gradient(norm)
             problem, self._stopping = verdict.read(stop=self.stop_requested)
             if not problem:
@@ -270,7 +266,7 @@ class Trainer:
         self.bad_steps = 0
         telemetry.step(
             step,
-            losses,
+            self.parallel.mean(losses, self._loss_names),
             images=images,
             tokens=tokens,
             lr=rate,
@@ -327,6 +323,19 @@ class Trainer:
                 average_shifts=average_shifts,
             )
 
+    def _export(self, folder: Path) -> None:
+        """The student, its average and the report, written by rank 0."""
+        distiller = self.parallel.whole(self.distiller, self._make_distiller)
+        average = None
+        if self.ema is not None:
+            average = self.parallel.whole(self.ema.module, lambda: self._make_distiller().student)
+        if distiller is None:
+            return
+        save_student(distiller.export(), folder / run_folder.STUDENT)
+        if average is not None:
+            save_student(distiller.export(average), folder / run_folder.AVERAGE)
+        write_outcome(folder, self.config, distiller, self.teachers, self.held_out)
+
     # What changes between steps.
 
     def _enter(self, step: int) -> None:
@@ -342,14 +351,8 @@ class Trainer:
             self._frozen = frozen
             for parameter in self.distiller.student.trunk_parameters():
                 parameter.requires_grad_(not frozen)
-            if self.world > 1:
-                # DDP fixes which parameters it reduces when it is built.
-                self._module = DistributedDataParallel(
-                    self.distiller,
-                    device_ids=[self.device] if self.device.type == "cuda" else None,
-                    broadcast_buffers=False,
-                    find_unused_parameters=False,
-                )
+            # DDP fixes which parameters it reduces when it is built.
+            self._module = self.parallel.wrap(self.distiller)
         self.distiller.train()
 
     def _statistics(
@@ -383,13 +386,14 @@ class Trainer:
             )
 
     def _evaluate(self) -> None:
-        if is_main():
-            self.distiller.eval()
-            with self.telemetry.phase("evaluation"):
-                rows = self.held_out.rows(self.distiller, self.teachers)
-            for row in rows:
-                self.telemetry.event("held_out", step=self.step, **row)
-            self.distiller.train()
+        with self.telemetry.phase("evaluation"):
+            distiller = self.parallel.whole(self.distiller, self._make_distiller)
+            rows = []
+            if distiller is not None:
+                rows = self.held_out.rows(distiller.eval(), self.teachers)
+        for row in rows:
+            self.telemetry.event("held_out", step=self.step, **row)
+        self.distiller.train()
 
     # Checkpoints.
 
@@ -397,11 +401,14 @@ class Trainer:
         self.distiller.gather_statistics()
         if self.cache is not None:
             self.cache.flush()
+        state = self._state()
         if is_main():
-            save_checkpoint(self._state(), folder)
+            save_checkpoint(state, folder)
         return self.step
 
     def _state(self) -> dict:
+        """All that a checkpoint holds, on rank 0. A collective call where weights are sharded."""
+        whole_state = self.parallel.whole_state
         return {
             "format": FORMAT,
             "step": self.step,
@@ -409,25 +416,43 @@ class Trainer:
             "skipped": dict(self.skips.counts),
             "images": self.skips.images,
             "config": self.config.to_dict(),
-            "distiller": self.distiller.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "ema": None if self.ema is None else self.ema.state_dict(),
+            "distiller": whole_state(self.distiller.state_dict()),
+            "optimiser": whole_state(self.optimiser.state_dict()),
+            "ema": None if self.ema is None else whole_state(self.ema.state_dict()),
         }
 
     def _restore(self, folder: Path) -> None:
-        state = load_checkpoint(folder, self.device)
+        # Of a sharded model the device never holds all.
+        where = torch.device("cpu") if self.parallel.sharded else self.device
+        state = load_checkpoint(folder, where)
         run_folder.check_same_run(self.config, state["config"], folder)
         try:
-            self.distiller.load_state_dict(state["distiller"])
+            self.parallel.load(self.distiller, state["distiller"])
             if self.rank > 0:
-                self.distiller.start_fitting()  # rank 0 goes on with the statistics of all ranks
-            self.optimiser.load_state_dict(state["optimiser"])
+                self.distiller.disown_statistics()  # rank 0 goes on with those of all ranks
+            self.parallel.load_optimiser(self.optimiser, state["optimiser"])
             if self.ema is not None:
-                self.ema.load_state_dict(state["ema"])
+                self.parallel.load(self.ema, state["ema"])
             self.skips.update(state["skipped"], state["images"])
             self.step, self.bad_steps = state["step"], state["bad_steps"]
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise damaged(folder, error) from error
+
+    def _make_distiller(self) -> Distiller:
+        """With fresh weights and no statistics."""
+        config = self.config
+        widths = {n: (t.spec.summary, t.spec.spatial) for n, t in self.teachers.items()}
+        try:
+            student = build_student(config, widths)
+        except ValueError as error:  # settings that contradict each other
+            raise UserError(f"setting student: {error}") from error
+        return Distiller(
+            student,
+            {name: _matching(t, self.teachers[name]) for name, t in config.teachers.items()},
+            balance=config.distill.balance,
+            teacher_drop=config.distill.teacher_drop,
+            mesa_weight=config.distill.mesa_weight,
+        )
 
     @contextmanager
     def _stop_on_signal(self) -> Iterator[None]:

@@ -23,7 +23,8 @@ _OURS = (CONFIG_FILE, METRICS, STUDENT, AVERAGE, PICTURES, REPORT, TENSORBOARD, 
 # between a checkpoint and the run that goes on from it.
 _FREE = (
     *("recipe", "out", "resume", "overwrite", "device", "threads", "log", "data.workers"),
-    *("cache.folder", "cache.store"),
+    *("cache.folder", "cache.store", "student.checkpoint_blocks"),
+    *("distributed.strategy", "distributed.shard", "distributed.reduce"),
 )
 
 
