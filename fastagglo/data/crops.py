@@ -195,23 +195,24 @@ def whole(box: Box, width: int, height: int) -> tuple[int, int, int, int]:
     return min(round(box.left), width - wide), min(round(box.top), height - high), wide, high
 
 
-def cut(image: Image | np.ndarray, box: Box) -> np.ndarray:
-    """The pixels of a box, its edges moved to whole pixels: ``(height, width, 3)`` uint8."""
+def cut(image: Image | np.ndarray, place: tuple[int, int, int, int]) -> np.ndarray:
+    """The pixels at a place that :func:`whole` gave: ``(height, width, 3)`` uint8."""
+    left, top, wide, high = place
     if isinstance(image, np.ndarray):
-        left, top, wide, high = whole(box, image.shape[1], image.shape[0])
         # In memory of its own: PyTorch resizes a part of an image at half the speed of a whole.
         return np.ascontiguousarray(image[top : top + high, left : left + wide])
-    left, top, wide, high = whole(box, image.width, image.height)
     return np.array(image.crop((left, top, left + wide, top + high)))
 
 
 def resize(pixels: np.ndarray, size: int, flip: bool = False) -> Tensor:
-    """All of ``(height, width, 3)`` uint8, resized to ``(3, size, size)``.
+    """All of ``(height, width, 3)`` uint8, resized to ``(3, size, size)``, colours innermost.
 
-    The filter of :func:`render` in PyTorch's vectorised form, at a quarter of its cost. It takes
+    The filter of :func:`render` in PyTorch's vectorised form, at a fifth of its cost. It takes
     whole pixels only.
     """
-    image = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    # The batch axis in front, not added by [None] at the end: only then does PyTorch see that the
+    # colours are innermost, and leaves them there. Laying out planes takes a third of its time.
+    image = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)
     resized = interpolate(image, (size, size), mode="bilinear", antialias=True)[0]
     return resized.flip(2) if flip else resized
 

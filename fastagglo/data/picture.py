@@ -81,11 +81,18 @@ class Picture:
             self._image = decode(self._data, max_pixels=self._max_pixels)
         return self._image
 
-    def pixels(self, shrink: int = 1) -> Image | np.ndarray:
+    @property
+    def decoded(self) -> bool:
+        """Whether the pixels are in memory."""
+        return self._image is not None
+
+    def pixels(self, shrink: int = 1, rows: int | None = None) -> Image | np.ndarray:
         """The pixels at a scale, in the form that costs least.
 
         Args:
             shrink: a divisor that :meth:`shrink` gave, or 1.
+            rows: so many of the first rows are wanted; None for all. What lies below may be
+                missing from the result.
 
         Returns:
             ``(ceil(height / shrink), ceil(width / shrink), 3)`` uint8, or a Pillow image, RGB, of
@@ -99,16 +106,64 @@ class Picture:
         if simplejpeg is not None:
             turned = self._orientation > 4
             sides = (self.width, self.height) if turned else (self.height, self.width)
+            data = self._data
+            if rows is not None and self._orientation == 1:
+                data, sides = _first_rows(data, sides, rows * shrink)
             least = [-(-side // shrink) for side in sides]
             try:
                 array = simplejpeg.decode_jpeg(
-                    self._data, min_height=least[0], min_width=least[1], min_factor=shrink
+                    data,
+                    min_height=least[0],
+                    min_width=least[1],
+                    min_factor=shrink,
+                    strict=data is self._data,  # else the rest of the rows is a surprise
                 )
             except ValueError:  # broken, or of a rare kind that Pillow may know
                 array = None
             if array is not None and list(array.shape) == [*least, 3]:
                 return array if self._orientation == 1 else _turned(array, self._orientation)
         return decode(self._data, max_pixels=self._max_pixels, shrink=shrink)
+
+
+_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive, in Huffman codes
+_WORTH = 16  # rows are left out where they are at least this part of all: the copy costs, too
+
+
+def _first_rows(
+    data: bytes, sides: tuple[int, int], rows: int
+) -> tuple[bytes | bytearray, tuple[int, int]]:
+    """A JPEG file that ends early, which costs a decoder less; or the file itself.
+
+    A header that claims fewer rows than there are makes a decoder stop after them. What it has
+    decoded by then is the same as of the whole file: blocks come row by row, in each scan. One row
+    of blocks more is kept than is wanted, for colours are interpolated between neighbours.
+
+    Args:
+        data: a JPEG file.
+        sides: its height and width.
+        rows: so many of its first rows are wanted.
+
+    Returns:
+        The file, and its height and width.
+    """
+    height, width = sides
+    # Without its end mark a file is broken, and whoever decodes all of it finds out.
+    if rows >= height - height // _WORTH or not data.endswith(b"\xff\xd9"):
+        return data, sides
+    at = 2
+    while data[at : at + 1] == b"\xff" and at + 9 < len(data):
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker in _FRAMES:
+            block = 8 * max((data[i] & 15 for i in range(at + 11, at + 2 + length, 3)), default=0)
+            keep = -(-rows // block) * block + block if block else height
+            stated = int.from_bytes(data[at + 5 : at + 7], "big")
+            if keep > height - height // _WORTH or stated != height:
+                return data, sides
+            short = bytearray(data)
+            short[at + 5 : at + 7] = keep.to_bytes(2, "big")
+            return short, (keep, width)
+        at += 2 + length
+    return data, sides
 
 
 def _turned(array: np.ndarray, orientation: int) -> Image:

@@ -113,7 +113,8 @@ class GroupViews:
     """The crops of one group: ``N`` images as the student and as each teacher see them.
 
     Attributes:
-        student: ``(N, 3, S, S)`` uint8, RGB.
+        student: ``(N, 3, S, S)`` uint8, RGB. Crops for training lie in PyTorch's channels-last
+            format, as decoders write them: make planes, if you need them, on the device.
         teachers: ``(N, 3, s, s)`` uint8 by teacher name. Views of the same size and the same
             boxes are one tensor object (also the student's), which costs no second copy.
         shifts: ``(N, 2)`` float32 by teacher name: where the teacher's view starts relative to

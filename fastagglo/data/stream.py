@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,10 +14,11 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from fastagglo.data.crops import CropRange, Views, cut, draw_views, render, resize
+from fastagglo.data.crops import CropRange, Views, cut, draw_views, render, resize, whole
 from fastagglo.data.decode import MAX_PIXELS, BadImage
 from fastagglo.data.fixed import FeatureReader, StoredViews, fixed_generator, view_address
 from fastagglo.data.order import make_order, sample_generator
+from fastagglo.data.picture import Picture
 from fastagglo.data.plan import (
     MAX_BAD,
     GroupPlan,
@@ -32,6 +34,10 @@ from fastagglo.errors import UserError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_AHEAD = 16
+"""So many photos' crops are drawn before the first of them is decoded; their files are held."""
 
 
 @dataclass(frozen=True)
@@ -56,15 +62,26 @@ class Filters:
             raise TypeError(f"duplicates must be a bool, got {self.duplicates!r}")
 
 
+class _Drawn(NamedTuple):
+    """A photo of which it is known what to show."""
+
+    key: str
+    picture: Picture
+    end: int  # the first column of the file that training may not see
+    views: Views  # boxes in the file's pixels
+    file: bytes = b""  # digest of the file, where views are fixed
+
+
 class _Pick(NamedTuple):
     """A photo that is about to be cropped."""
 
     key: str
     image: Image | np.ndarray  # the pixels that training may see, ``shrink`` times smaller
-    end: int  # the first column of the file that training may not see
+    place: tuple[int, int, int, int]  # of the first box in them, edges moved to whole pixels
+    end: int
     shrink: int
-    views: Views  # boxes in the file's pixels
-    file: bytes = b""  # digest of the file, where views are fixed
+    views: Views
+    file: bytes
 
     def address(self, view: int, size: int, shifted: bool) -> bytes:
         # All that the pixels depend on: those of shifted boxes are not cut whole.
@@ -198,7 +215,11 @@ class CropStream(Dataset[TrainBatch]):
         """
         crops = range(self.fixed_crops)
         return [
-            self._cut(plan, (self._fixed(index, plan, crop) for crop in crops), student=False)
+            self._cut(
+                plan,
+                (self._shown(self._fixed(index, plan, crop), plan) for crop in crops),
+                student=False,
+            )
             for plan in plans
         ]
 
@@ -210,8 +231,26 @@ class CropStream(Dataset[TrainBatch]):
         bad: list[tuple[str, str]],
     ) -> GroupViews:
         # One by one: a decoded photo is much larger than its crops.
-        rows = range(group.count)
-        return self._cut(group, (self._usable(position + r, group, skipped, bad) for r in rows))
+        ahead = self._ahead(group, range(position, position + group.count))
+        return self._cut(group, (self._usable(*first, group, skipped, bad) for first in ahead))
+
+    def _ahead(
+        self, group: GroupPlan, positions: Iterable[int]
+    ) -> Iterator[tuple[int, _Drawn | BadImage]]:
+        """Each position's first choice. What is drawn for several photos in a row costs half as
+        much as between decoding one and the next, which leaves nothing of it in the caches."""
+        waiting: list[tuple[int, _Drawn | BadImage]] = []
+        for position in positions:
+            try:
+                drawn: _Drawn | BadImage = self._drawn_at(position, 0, group)
+            except BadImage as error:
+                drawn = error
+            waiting.append((position, drawn))
+            many = len(waiting) == _AHEAD or (isinstance(drawn, _Drawn) and drawn.picture.decoded)
+            if many:
+                yield from waiting
+                waiting.clear()
+        yield from waiting
 
     def _cut(self, group: GroupPlan, picks: Iterable[_Pick], student: bool = True) -> GroupViews:
         """The views of some photos; ``student=False`` leaves the student's out."""
@@ -234,11 +273,11 @@ class CropStream(Dataset[TrainBatch]):
                 ):
                     needed.add(slot)
             boxes = pick.views.scaled(1 / pick.shrink).boxes
-            pixels = None if shifted or not needed else cut(pick.image, boxes[0])
+            pixels = None if shifted or not needed else cut(pick.image, pick.place)
             for slot in needed:
                 side = sizes[slot]
                 if slot not in buffers:
-                    buffers[slot] = torch.zeros((count, 3, side, side), dtype=torch.uint8)
+                    buffers[slot] = _pixels(count, side)
                 if pixels is None:
                     view = render(pick.image, boxes[slot], side, pick.views.flip)
                     buffers[slot][row].numpy()[:] = view
@@ -247,9 +286,8 @@ class CropStream(Dataset[TrainBatch]):
             if shifted:
                 shifts[:, row] = pick.views.relative_shifts()
         for slot in slots:
-            rows = count if stored is None else 0  # of views that nobody needs
-            none = (rows, 3, sizes[slot], sizes[slot])
-            buffers.setdefault(slot, torch.zeros(none, dtype=torch.uint8))
+            if slot not in buffers:  # views that nobody needs
+                buffers[slot] = _pixels(count if stored is None else 0, sizes[slot])
         return GroupViews(
             student=buffers[0],
             teachers={name: buffers[slots[i + 1]] for i, name in enumerate(names)},
@@ -263,43 +301,58 @@ class CropStream(Dataset[TrainBatch]):
     def _usable(
         self,
         position: int,
+        first: _Drawn | BadImage,
         group: GroupPlan,
         skipped: Counter[str],
         bad: list[tuple[str, str]],
     ) -> _Pick:
         """A position's image or its replacement."""
         reasons: Counter[str] = Counter()
-        index = self._order.index(position)
         for attempt in range(self.max_attempts):
-            random = sample_generator(self.seed, position, attempt)
-            if attempt:
-                index = self._order.replacement(position, random)
             try:
-                if self.fixed_crops:
-                    crop = self._order.epoch(position) % self.fixed_crops
-                    return self._fixed(index, group, crop)
-                return self._cropped(index, group, random)
+                if attempt:
+                    first = self._drawn_at(position, attempt, group)
+                if isinstance(first, BadImage):
+                    raise first
+                return self._shown(first, group)
             except BadImage as error:
                 last = error
                 reasons[error.reason] += 1
                 skipped[error.reason] += 1
-                bad.append((self.source.key(index), error.reason))
+                bad.append((self._key_at(position, attempt), error.reason))
         raise UserError(
             f"{self.max_attempts} images in a row cannot be used ({_listed(reasons)}); the last "
-            f"one is {self.source.key(index)!r}: {last.detail}; mend the data or loosen the filters"
+            f"one is {bad[-1][0]!r}: {last.detail}; mend the data or loosen the filters"
         )
 
-    def _fixed(self, index: int, group: GroupPlan, crop: int) -> _Pick:
-        """A photo's fixed crop; or BadImage."""
+    def _index_at(self, position: int, attempt: int) -> tuple[int, np.random.Generator]:
+        """The image of a position's attempt, and the random numbers of its crop."""
+        random = sample_generator(self.seed, position, attempt)
+        if attempt:
+            return self._order.replacement(position, random), random
+        return self._order.index(position), random
+
+    def _key_at(self, position: int, attempt: int) -> str:
+        return self.source.key(self._index_at(position, attempt)[0])
+
+    def _drawn_at(self, position: int, attempt: int, group: GroupPlan) -> _Drawn:
+        """What a position's attempt shows; or BadImage."""
+        index, random = self._index_at(position, attempt)
+        if self.fixed_crops:
+            return self._fixed(index, group, self._order.epoch(position) % self.fixed_crops)
+        return self._drawn(index, group, random)
+
+    def _fixed(self, index: int, group: GroupPlan, crop: int) -> _Drawn:
+        """What a photo's fixed crop shows; or BadImage."""
         random = fixed_generator(self.crop_seed, self.source.key(index), crop)
-        pick = self._cropped(index, group, random)
+        drawn = self._drawn(index, group, random)
         try:
-            return pick._replace(file=file_digest(self.source, index))
+            return drawn._replace(file=file_digest(self.source, index))
         except OSError as error:
             raise BadImage("unreadable", str(error)) from error
 
-    def _cropped(self, index: int, group: GroupPlan, random: np.random.Generator) -> _Pick:
-        """The pixels of an image that training may see, and boxes in it; or BadImage."""
+    def _drawn(self, index: int, group: GroupPlan, random: np.random.Generator) -> _Drawn:
+        """An image and boxes in what training may see of it; or BadImage."""
         if self._duplicate is not None and self._duplicate[index]:
             raise BadImage("duplicate", "the same bytes as an earlier file")
         picture = self.source.picture(index, max_pixels=self.max_pixels)
@@ -311,26 +364,53 @@ class CropStream(Dataset[TrainBatch]):
         end = region_start(width, self.region) if self.region > 0 else width
         if end < 1:
             raise BadImage("too_small", f"{width} pixels wide: no column is left")
-        sizes = (group.size, *group.teachers.values())
         views = draw_views(
             random,
             end,
             height,
             self.crops,
-            views=len(sizes) if group.shift_std > 0 else 1,
+            views=1 + len(group.teachers) if group.shift_std > 0 else 1,
             shift_std=group.shift_std,
             grid=max(1, group.size // group.patch_size),
         )
-        shrink = picture.shrink(min(views.boxes[0][2:]) / max(sizes))
-        if end < width and end % shrink:
+        return _Drawn(self.source.key(index), picture, end, views)
+
+    def _shown(self, drawn: _Drawn, group: GroupPlan) -> _Pick:
+        """The pixels of an image that training may see; or BadImage."""
+        key, picture, end, views, file = drawn
+        most = max(group.size, *group.teachers.values(), 1)
+        shrink = picture.shrink(min(views.boxes[0][2:]) / most)
+        if end < picture.width and end % shrink:
             shrink = 1  # a column would lie on both sides of the edge
-        image = _columns(picture.pixels(shrink), -(-end // shrink))
-        if (least := self.filters.uniform_std) > 0 and (spread := _spread(image)) < least:
-            if shrink > 1:  # fewer pixels vary less
+        columns, rows = -(-end // shrink), -(-picture.height // shrink)
+        boxes = views.scaled(1 / shrink).boxes
+        place = whole(boxes[0], columns, rows)
+        if group.shift_std > 0:  # the filter looks beyond the boxes
+            sizes = (group.size, *group.teachers.values())
+            below = max(box.top + box.height * (1 + 1 / min(sizes)) for box in boxes)
+            seen = min(rows, int(below) + 2)
+        else:
+            seen = place[1] + place[3]
+        image = _columns(picture.pixels(shrink, seen), columns)
+        least = self.filters.uniform_std
+        if least > 0 and not _varies(image, rows, least):
+            if isinstance(image, np.ndarray) and len(image) < rows:
+                spread = _spread(_columns(picture.pixels(shrink), columns))
+            else:
+                spread = _spread(image)
+            if shrink > 1 and spread < least:  # fewer pixels vary less
                 spread = _spread(_columns(picture.pixels(), end))
             if spread < least:
                 raise BadImage("uniform", f"standard deviation {spread:.2f}")
-        return _Pick(self.source.key(index), image, end, shrink, views)
+        return _Pick(key, image, place, end, shrink, views, file)
+
+
+def _pixels(count: int, side: int) -> torch.Tensor:
+    """Zeros, ``(count, 3, side, side)``, with the colours of a pixel side by side in memory.
+
+    So they come out of the resizing. Whoever needs planes makes them after the copy to the device.
+    """
+    return torch.zeros((count, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
 
 
 def _columns(image: Image | np.ndarray, count: int) -> Image | np.ndarray:
@@ -340,15 +420,29 @@ def _columns(image: Image | np.ndarray, count: int) -> Image | np.ndarray:
     return image if count == image.width else image.crop((0, 0, count, image.height))
 
 
+def _varies(image: Image | np.ndarray, height: int, least: float) -> bool:
+    """Whether a few pixels show that ``_spread`` is at least ``least``. False if they do not.
+
+    Args:
+        image: the first rows of an image, or all of them.
+        height: rows of the whole image.
+        least: a standard deviation.
+    """
+    if not isinstance(image, np.ndarray):
+        return False
+    rows, columns = _grid(height, image.shape[1])
+    there = int(np.searchsorted(rows, len(image)))
+    few = slice(0, there, 16)
+    green = image[rows[few], columns[few], 1].astype(np.int64)
+    squares = len(green) * int(green @ green) - int(green.sum()) ** 2  # len ** 2 * variance
+    # As if none of the others were away from the mean: together they vary at least so much.
+    return len(green) > 0 and squares >= len(green) * len(rows) * least**2
+
+
 def _spread(image: Image | np.ndarray) -> float:
     """The largest standard deviation of a colour channel, from at most 64 x 64 of the pixels."""
     if isinstance(image, np.ndarray):
-        rows, columns = (
-            ((np.arange(count) + 0.5) * (side / count)).astype(np.int64)
-            for side in image.shape[:2]
-            for count in [min(64, side)]
-        )
-        some = image.take(rows, axis=0).take(columns, axis=1)
+        some = image[_grid(*image.shape[:2])]
     else:
         from PIL.Image import Resampling
 
@@ -359,6 +453,17 @@ def _spread(image: Image | np.ndarray) -> float:
     count, total = values.shape[1], values.sum(axis=1, dtype=np.int64)
     squares = np.einsum("cn,cn->c", values, values)  # below 2 ** 31: 64 * 64 * 255 ** 2
     return sqrt(int((count * squares.astype(np.int64) - total**2).max())) / count
+
+
+@lru_cache(maxsize=64)
+def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows, which rise, and columns of at most 64 x 64 pixels, evenly over an image."""
+    rows, columns = (
+        ((np.arange(count) + 0.5) * (side / count)).astype(np.int64)
+        for side in (height, width)
+        for count in [min(64, side)]
+    )
+    return np.repeat(rows, len(columns)), np.tile(columns, len(rows))
 
 
 def _listed(counts: Mapping[str, int]) -> str:

@@ -164,7 +164,7 @@ class Teacher(nn.Module):
         if images.dtype == torch.float32:
             x = images - self.mean
         else:  # a copy of our own: worked on in place, it costs a third of the time
-            x = images.to(torch.float32)
+            x = images.to(torch.float32, memory_format=torch.contiguous_format)
             x = (x.div_(255) if images.dtype == torch.uint8 else x).sub_(self.mean)
         x = x.div_(self.std)
         with torch.autocast(x.device.type, enabled=False):

@@ -14,6 +14,7 @@ from fastagglo.data import (
     CropStream,
     Filters,
     GroupPlan,
+    GroupViews,
     Source,
     StepPlan,
     decode,
@@ -22,6 +23,8 @@ from fastagglo.data import (
 from fastagglo.data.crops import Box, cut, draw_views, render, resize, whole
 from fastagglo.data.order import sample_generator
 from fastagglo.data.picture import Picture
+from fastagglo.data.stream import _spread, _varies
+from fastagglo.errors import UserError
 
 ORIENTATION = 0x0112
 
@@ -102,6 +105,42 @@ def test_orientation_in_xmp_only(library: str) -> None:
     assert np.array_equal(np.asarray(found.pixels()), np.asarray(decode(data)))
 
 
+KINDS = {
+    "4:4:4": {"subsampling": 0},
+    "4:2:2": {"subsampling": 1},
+    "4:2:0": {"subsampling": 2},
+    "grey": {"mode": "L"},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_rows": 1},
+    "exif": {"exif": Image.Exif()},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shrink", [1, 2, 8])
+def test_the_first_rows_are_those_of_the_whole(library: str, kind: str, shrink: int) -> None:
+    options = dict(KINDS[kind])
+    data = jpeg(waves(233, 417).convert(options.pop("mode", "RGB")), **options)
+    whole = np.asarray(Picture(data).pixels(shrink))
+    for rows in (1, 7, len(whole) // 2, len(whole) - 30 // shrink, len(whole)):
+        found = np.asarray(Picture(data).pixels(shrink, rows))
+        assert rows <= len(found) <= len(whole)
+        assert np.array_equal(found[:rows], whole[:rows])
+        if library == "simplejpeg" and rows <= len(whole) // 2:
+            assert len(found) <= rows + 32 // shrink + 1  # two rows of blocks, of 16 pixels
+
+
+def test_a_turned_picture_has_all_rows(library: str) -> None:
+    data = jpeg(waves(160, 96), 3)
+    assert np.array_equal(np.asarray(Picture(data).pixels(1, 8)), drafted(data, 1))
+
+
+def test_a_file_without_its_end_is_broken_wherever_one_looks(library: str) -> None:
+    data = jpeg(waves(200, 400))
+    with pytest.raises(BadImage, match="corrupt"):
+        Picture(data[: len(data) // 2]).pixels(1, 8)
+
+
 def test_shrink_is_the_largest_that_fits() -> None:
     found = Picture(jpeg(waves(64, 64)))
     assert [found.shrink(most) for most in (0.4, 1, 1.9, 2, 3.9, 4, 7.9, 8, 99)] == [
@@ -161,9 +200,13 @@ class One(Source):
         return self.data
 
 
-def crops(data: bytes, plan: GroupPlan, **options: object) -> Tensor:
+def views(data: bytes, plan: GroupPlan, **options: object) -> GroupViews:
     stream = CropStream(One(data), lambda step: StepPlan((plan,)), seed=0, **options)  # type: ignore[arg-type]
-    return stream[0].groups[0].student
+    return stream[0].groups[0]
+
+
+def crops(data: bytes, plan: GroupPlan, **options: object) -> Tensor:
+    return views(data, plan, **options).student
 
 
 @pytest.mark.parametrize("shift_std", [0.0, 0.5])
@@ -175,7 +218,9 @@ def test_crops_of_a_large_photo_show_their_boxes(
     seen = []
     pixels = Picture.pixels
     monkeypatch.setattr(
-        Picture, "pixels", lambda self, shrink=1: seen.append(shrink) or pixels(self, shrink)
+        Picture,
+        "pixels",
+        lambda self, shrink=1, rows=None: seen.append(shrink) or pixels(self, shrink, rows),
     )
     plan = GroupPlan(112, count, {"a": 96}, shift_std=shift_std)
     found = crops(data, plan, scale=(0.1, 1.0))
@@ -205,6 +250,30 @@ def test_crops_of_a_large_photo_show_their_boxes(
         assert error.mean() < 4, row
 
 
+@pytest.mark.parametrize("shift_std", [0.0, 0.5])
+@pytest.mark.parametrize("size", [(320, 410), (1000, 760)])
+def test_crops_do_not_depend_on_the_rows_that_are_left_out(
+    size: tuple[int, int], shift_std: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = jpeg(waves(*size))
+    plan = GroupPlan(64, 24, {"a": 96, "b": 32}, shift_std=shift_std)
+    options = {"scale": (0.05, 0.5), "filters": Filters(uniform_std=2.0)}
+    pixels, missing = Picture.pixels, []
+
+    def seen(self: Picture, shrink: int = 1, rows: int | None = None) -> object:
+        found = pixels(self, shrink, rows)
+        missing.append(-(-self.height // shrink) - np.asarray(found).shape[0])
+        return found
+
+    monkeypatch.setattr(Picture, "pixels", seen)
+    found = views(data, plan, **options)
+    assert sum(rows > 0 for rows in missing) >= 6 or picture.simplejpeg is None
+    monkeypatch.setattr(Picture, "pixels", lambda self, shrink=1, rows=None: pixels(self, shrink))
+    right = views(data, plan, **options)
+    assert found.student.equal(right.student)
+    assert all(view.equal(right.teachers[name]) for name, view in found.teachers.items())
+
+
 def test_no_pixel_of_the_held_out_strip_is_seen(library: str) -> None:
     for width in (512, 515):  # 256 columns are allowed, which 8 divides; 257 are, which it does not
         allowed = width - (width + 1) // 2
@@ -224,6 +293,42 @@ def test_fine_grain_is_not_uniform(library: str) -> None:
     assert crops(data, GroupPlan(32, 1), filters=Filters(uniform_std=3.0)).shape[0] == 1
 
 
+def test_a_few_pixels_tell_what_all_of_them_would() -> None:
+    """Never that an image varies if it does not, and of most that it does."""
+    random = np.random.default_rng(0)
+    told = 0
+    for trial in range(200):
+        image = np.full((int(random.integers(1, 200)), int(random.integers(1, 200)), 3), 128)
+        part = image[random.integers(len(image)) :] if trial % 2 else image
+        part += random.normal(0, 1 + trial / 4, part.shape).astype(int)
+        image = image.clip(0, 255).astype(np.uint8)
+        rows = int(random.integers(1, len(image) + 1))
+        for least in (1.0, 2.0, 6.0):
+            varies = _varies(image[:rows], len(image), least)
+            assert not varies or _spread(image) >= least
+            told += varies
+    assert told > 150
+    assert not _varies(np.full((64, 64, 3), 9, dtype=np.uint8), 64, 1.0)
+    assert not _varies(np.full((32, 64, 3), 9, dtype=np.uint8), 8000, 1.0)  # no pixel is looked at
+
+
+@pytest.mark.parametrize("place", ["above", "below", "in one colour", "nowhere"])
+def test_the_filter_looks_at_the_whole_photo(place: str) -> None:
+    """Also where a crop's rows alone are decoded: of most of the crops here they are uniform."""
+    array = np.full((480, 160, 3), 100, dtype=np.uint8)
+    rows = np.s_[-24:] if place == "below" else np.s_[:24]
+    colours = np.s_[2:] if place == "in one colour" else np.s_[:]
+    if place != "nowhere":
+        array[rows, :, colours] += np.arange(0, 160, dtype=np.uint8)[:, None] // 2
+    data = jpeg(Image.fromarray(array), quality=95, subsampling=0)
+    plan, options = GroupPlan(64, 8), {"scale": (0.02, 0.05), "filters": Filters(uniform_std=2.0)}
+    if place == "nowhere":
+        with pytest.raises(UserError, match="16 uniform"):
+            crops(data, plan, **options)
+    else:
+        assert crops(data, plan, **options).shape[0] == 8
+
+
 def test_cut_moves_edges_to_whole_pixels_within_the_image() -> None:
     image = waves(40, 30)
     array = np.asarray(image)
@@ -234,8 +339,9 @@ def test_cut_moves_edges_to_whole_pixels_within_the_image() -> None:
         (Box(0.0, 0.0, 40.0, 30.0), np.s_[:, :]),
     ):
         for form in (image, array):
-            assert np.array_equal(cut(form, box), array[place])
-            assert cut(form, box).flags.c_contiguous
+            found = cut(form, whole(box, 40, 30))
+            assert np.array_equal(found, array[place])
+            assert found.flags.c_contiguous
 
 
 @pytest.mark.parametrize("size", [16, 40, 96])

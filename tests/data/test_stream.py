@@ -341,6 +341,28 @@ def test_filter_of_uniform_images() -> None:
     assert CropStream(source, plan, seed=0)[0].skipped == {}
 
 
+@pytest.mark.parametrize("kind", ["PNG", "JPEG"])
+def test_decoded_photos_do_not_wait(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Crops are drawn ahead, of photos that are still files: decoded ones are large."""
+    file = io.BytesIO()
+    Image.fromarray(NOISE).save(file, kind)
+    source = Files([file.getvalue()] * 40)
+    drawn, shown, ahead = CropStream._drawn, CropStream._shown, [0]
+
+    def count(function: Callable, by: int) -> Callable:
+        def called(*arguments: object) -> object:
+            ahead.append(ahead[-1] + by)
+            return function(*arguments)
+
+        return called
+
+    monkeypatch.setattr(CropStream, "_drawn", count(drawn, 1))
+    monkeypatch.setattr(CropStream, "_shown", count(shown, -1))
+    batch = CropStream(source, fixed(GroupPlan(8, 40)), seed=0)[0]
+    assert len(set(batch.keys)) == 40
+    assert max(ahead) == (1 if kind == "PNG" else 16)
+
+
 def test_filter_of_duplicates() -> None:
     other = png(NOISE[:20])
     source = Files([GOOD, other, GOOD, GOOD])
