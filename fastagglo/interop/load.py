@@ -6,12 +6,14 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fastagglo.errors import UserError
-from fastagglo.interop.radio import load_radio
-from fastagglo.model import Student, load_student
+from fastagglo.interop.radio import load_radio, open_weights
+from fastagglo.model import Student, StudentConfig, load_student
+from fastagglo.model.io import MODEL_TYPE
 
 __all__ = ["load"]
 
@@ -30,8 +32,9 @@ def load(
     """A student from disk, ready to give features: evaluation mode, no network, no remote code.
 
     Args:
-        path: a folder that ``save_student`` or ``train.py`` wrote, or a RADIO checkpoint: a
-            ``.safetensors`` file, a torch.hub file (``.pth.tar``) or a transformers folder.
+        path: a folder that ``save_student``, ``train.py`` or a ``save_pretrained`` of ours wrote,
+            or a RADIO checkpoint: a ``.safetensors`` file, a torch.hub file (``.pth.tar``) or a
+            transformers folder.
         device: where the weights go.
         dtype: of the parameters; None keeps the file's.
         teachers, num_heads, cls_tokens, upsample, strict: for RADIO checkpoints that do not say;
@@ -44,7 +47,8 @@ def load(
     folder = Path(path)
     if folder.name == "model.safetensors":
         folder = folder.parent
-    if _is_saved_student(folder):
+    kind = _kind(folder)
+    if kind is not None:
         given = {"teachers": teachers, "num_heads": num_heads, "cls_tokens": cls_tokens}
         given |= {"upsample": upsample, "strict": None if strict else strict}
         if extra := [name for name, value in given.items() if value is not None]:
@@ -52,7 +56,8 @@ def load(
                 f"load: {', '.join(extra)} only apply to RADIO checkpoints; {folder} is a saved "
                 "student, which says all by itself"
             )
-        student = load_student(folder, device).eval()
+        read = load_student if kind == "student" else _load_model
+        student = read(folder, device).eval()
         return student if dtype is None else student.to(dtype)
     return load_radio(
         path,
@@ -66,9 +71,37 @@ def load(
     )
 
 
-def _is_saved_student(folder: Path) -> bool:
+def _kind(folder: Path) -> str | None:
+    """``"student"`` of save_student, ``"model"`` of a FastaggloModel, None for anything else."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return False
-    return isinstance(values, dict) and "format" in values
+        return None
+    if not isinstance(values, dict):
+        return None
+    if "format" in values:
+        return "student"
+    return "model" if values.get("model_type") == MODEL_TYPE and "student" in values else None
+
+
+def from_pairs(values: Mapping[str, Any]) -> StudentConfig:
+    """A configuration from its fields, of which ``heads`` may be a list of pairs."""
+    return StudentConfig.from_dict({**values, "heads": dict(values.get("heads", {}))})
+
+
+def _load_model(folder: Path, device: torch.device | str) -> Student:
+    """The student in a folder that transformers wrote."""
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))["student"]
+        config = from_pairs(values)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    file = open_weights(folder, device)
+    state = {name.removeprefix("student."): file.read(name) for name in file.shapes}
+    with torch.device("meta"):
+        student = Student(config)
+    try:
+        student.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise UserError(f"{folder} does not fit its config.json: {error}") from error
+    return student.requires_grad_(True)

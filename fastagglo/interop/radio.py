@@ -156,7 +156,7 @@ def load_radio(
         "cls_tokens": cls_tokens,
         "upsample": upsample,
     }
-    file = _open(Path(path), device)
+    file = open_weights(Path(path), device)
     student = _build(file.shapes, file.read, file.args, options, strict, str(path))
     return student if dtype is None else student.to(dtype)
 
@@ -304,7 +304,8 @@ class _File:
     args: Mapping[str, Any]
 
 
-def _open(path: Path, device: torch.device | str) -> _File:
+def open_weights(path: Path, device: torch.device | str) -> _File:
+    """The tensors of a file or a folder, and what stands beside them; nothing is read yet."""
     if not path.exists():
         raise UserError(f"{path} does not exist")
     args: dict[str, Any] = {}

@@ -23,6 +23,7 @@ __all__ = ["WarmStart", "load_student", "save_student", "warm_start"]
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FORMAT = 1
+MODEL_TYPE = "fastagglo"  # how transformers' AutoConfig tells whose configuration it is
 _SHOWN = 5  # names an error lists of each kind
 
 
@@ -45,7 +46,8 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
     safetensors = require("safetensors", extra="train", purpose="save_student")
     save_file = require("safetensors.torch", extra="train", purpose="save_student").save_file
     folder = Path(folder)
-    config = json.dumps({"format": FORMAT, **student.config.to_dict()}, indent=2) + "\n"
+    values = {"format": FORMAT, "model_type": MODEL_TYPE, **student.config.to_dict()}
+    config = json.dumps(values, indent=2) + "\n"
     state = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -220,6 +222,7 @@ def _read_config(path: Path) -> tuple[StudentConfig, str]:
             f"{path} has format {found!r}, this version of fastagglo reads format {FORMAT}"
         )
     del values["format"]
+    values.pop("model_type", None)  # older students have none
     try:
         return StudentConfig.from_dict(values), text
     except (TypeError, ValueError) as error:
