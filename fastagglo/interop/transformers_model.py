@@ -185,20 +185,21 @@ def _classes() -> SimpleNamespace:
                 output_hidden_states = self.config.output_hidden_states
             if return_dict is None:
                 return_dict = self.config.return_dict
-            chosen = None if output_hidden_states else 1
-            tokens, blocks = student.forward_intermediates(
-                pixel_values, chosen, return_prefix_tokens=True, output_fmt="NLC"
-            )
+            batch = PackedBatch.from_images([pixel_values])
+            place = student._geometry(*student._mix(batch, "config"))
+            first = student._embed(batch, place, None)
+            taken = dict.fromkeys(range(config.depth)) if output_hidden_states else {}
+            keep = student._draw_keep(batch.num_images, first, None)
+            last = student._run_blocks(first, place, keep, taken)
+            first, last = (x.unflatten(0, (batch.num_images, -1)) for x in (first, last))
+            tokens = student.norm(last)
             slots = [config.cls_names.index(name) for name in config.summary or config.cls_names]
             patches = tokens[:, config.prefix_tokens :]
             if student.feature_normaliser is not None:
                 patches = student.feature_normaliser(patches)
             hidden = None
             if output_hidden_states:
-                batch = PackedBatch.from_images([pixel_values])
-                first = student._embed(batch, student._geometry(batch, "config"), None)
-                after = (torch.cat([prefix, value], dim=1) for value, prefix in blocks)
-                hidden = (first.view_as(tokens), *after)
+                hidden = (first, *(value.view_as(first) for value in taken.values()))
             output = FastaggloOutput(tokens, tokens[:, slots].flatten(1), patches, hidden)
             return output if return_dict else output.to_tuple()
 

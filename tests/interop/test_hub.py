@@ -133,7 +133,7 @@ class TestTransformers:
         assert len(out.hidden_states) == 4
         torch.testing.assert_close(plain.norm(out.hidden_states[-1]), tokens)
         # Before the first block: what it reads.
-        place = plain._geometry(PackedBatch.from_images([x]), None)
+        place = plain._geometry(*plain._mix(PackedBatch.from_images([x]), None))
         after = plain.blocks[0](out.hidden_states[0][0], place.layout)
         torch.testing.assert_close(after, out.hidden_states[1][0])
         assert model(x).hidden_states is None

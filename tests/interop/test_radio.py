@@ -155,7 +155,8 @@ def test_attention_heads_of_spatial_heads_are_timms() -> None:
     state = fill(hub(version))
     student = from_radio(state, num_heads=version.attention)
     x = torch.randn(1, 9, version.width)
-    place = student._geometry(PackedBatch.from_images([torch.rand(1, 3, 48, 48)]), None)
+    batch = PackedBatch.from_images([torch.rand(1, 3, 48, 48)])
+    place = student._geometry(*student._mix(batch, None))
     got = student._head_tokens("dino_v3", x[0], place)
     for i in range(2):
         timm_block = Block(version.width, num_heads=16, init_values=1e-5)
