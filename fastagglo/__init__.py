@@ -12,7 +12,7 @@ from fastagglo.features import Features
 
 __version__ = version("fastagglo")
 
-_INTEROP = ("load", "pack", "patch", "unpatch")  # found when first asked for
+_INTEROP = ("load", "pack", "patch", "tome", "unpatch")  # found when first asked for
 
 __all__ = ["Features", "__version__", "compress", "distill", "kernels", "model", "ops", *_INTEROP]
 

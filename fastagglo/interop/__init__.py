@@ -3,6 +3,7 @@
 from importlib import import_module
 from typing import Any
 
+from fastagglo.interop import tome
 from fastagglo.interop.load import load
 from fastagglo.interop.packing import PackedModel, pack
 from fastagglo.interop.patching import PatchedModule, PatchReport, patch, unpatch
@@ -40,6 +41,7 @@ __all__ = [
     "register_transformers",
     "save_radio",
     "to_radio",
+    "tome",
     "unpatch",
 ]
 

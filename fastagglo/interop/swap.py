@@ -28,6 +28,9 @@ class Swapped:
         """What else the class that replaces ``original`` should hold."""
         return {}
 
+    def fastagglo_leave(self) -> None:
+        """Take back what a swap has put into the module beside its class."""
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         _, _, *rest = super().__reduce_ex__(max(int(protocol), 2))
         return _remake, (self.fastagglo_mixin, self.fastagglo_replaces), *rest
@@ -41,6 +44,7 @@ def swap(module: nn.Module, mixin: type[Swapped]) -> None:
 
 def restore(module: nn.Module) -> None:
     """Give a swapped module its own class back."""
+    module.fastagglo_leave()
     module.__class__ = module.fastagglo_replaces
 
 

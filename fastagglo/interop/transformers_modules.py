@@ -110,7 +110,8 @@ def interface(
     if not (causal or asked or dropout > 0) and query.shape == key.shape == value.shape:
         where = segments_of(query.transpose(1, 2), attention_mask)
     if where is not None:
-        rows = (x.transpose(1, 2) for x in (query, key, value))
+        # Rotary embeddings leave queries and keys wider than the values under autocast.
+        rows = (x.transpose(1, 2).to(value.dtype) for x in (query, key, value))
         return attend(*rows, where, scaling), None
     refuse_segments(attention_mask, "dropout of attention weights or a causal mask")
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

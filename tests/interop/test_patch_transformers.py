@@ -195,15 +195,19 @@ def test_sams_own_size_and_its_limit():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_low_precision(dtype, helpers):
+@pytest.mark.parametrize("autocast", [True, False])
+def test_low_precision(dtype, autocast, helpers):
     """About as far from float64 as transformers is in the same precision."""
     model, _, inputs = create("dinov3", helpers)
     images = inputs["pixel_values"].detach()
     exact = copy.deepcopy(model).double()(images.double()).last_hidden_state
-    model.to(dtype)
+    if not autocast:
+        model.to(dtype)
 
     def error():
-        return (model(images.to(dtype)).last_hidden_state - exact).norm() / exact.norm()
+        with torch.autocast("cpu", dtype, enabled=autocast):
+            found = model(images if autocast else images.to(dtype)).last_hidden_state
+        return (found - exact).norm() / exact.norm()
 
     theirs = error()
     fastagglo.patch(model)
