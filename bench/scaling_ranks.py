@@ -114,10 +114,11 @@ def serve(settings: dict[str, Any], asked: TextIO, answers: TextIO) -> None:
 
     import torch
     import torch.distributed as dist
-    from torch.nn.parallel import DistributedDataParallel
 
     from bench.measure import finish, peak_memory
     from bench.scaling_runs import Distilled, dtype_of, inputs_of
+    from fastagglo.train.config import DistributedSettings
+    from fastagglo.train.parallel import Parallel
 
     rank, device, folder = (settings.pop(name) for name in ("rank", "device", "folder"))
     work = Step(**settings)
@@ -142,8 +143,7 @@ def serve(settings: dict[str, Any], asked: TextIO, answers: TextIO) -> None:
     images, targets = inputs_of(work, rank, device)
     model: torch.nn.Module = module
     if work.ranks > 1:
-        ids = [rank] if device == "cuda" else None
-        model = DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False)
+        model = Parallel(DistributedSettings(), torch.device(place)).wrap(module)
 
     def step() -> None:
         module.zero_grad(set_to_none=True)

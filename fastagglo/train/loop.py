@@ -127,9 +127,10 @@ class Trainer:
             self.distiller.heads_are_in_teacher_space(self.warm_start.copied)
         self.parallel.start_alike(self.distiller)
         self.ema = make_ema(student, config.distill.ema_decay) if config.distill.ema_decay else None
-        self.parallel.shard(self.distiller, student)
+        half = config.optimiser.precision == "bf16"
+        self.parallel.shard(self.distiller, student, half=half)
         if self.ema is not None:
-            self.parallel.shard(self.ema.module, self.ema.module)
+            self.parallel.shard(self.ema.module, self.ema.module, half=half)
         self.optimiser = build_optimiser(student, self.distiller.balancer, config.optimiser)
         self.data = load_split(config)
         self.stream = crop_stream(

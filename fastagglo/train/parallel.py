@@ -6,6 +6,7 @@ a run goes on under another strategy and with another number of ranks.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import warnings
@@ -21,6 +22,7 @@ from torch.optim import Optimizer
 
 from fastagglo.errors import UserError
 from fastagglo.model import Student
+from fastagglo.model.vit import Block
 from fastagglo.ops.sharded import as_shard, is_sharded
 from fastagglo.train.config import DistributedSettings
 from fastagglo.train.distributed import is_main, rank_and_world
@@ -91,7 +93,7 @@ class Parallel:
             for parameter in module.parameters():
                 dist.broadcast(parameter.detach(), src=0)
 
-    def shard(self, root: nn.Module, student: Student) -> None:
+    def shard(self, root: nn.Module, student: Student, *, half: bool = False) -> None:
         """Leave this rank its part of a module's parameters, where the strategy is to.
 
         Blocks are gathered one by one as they run, all heads together, and what is left with the
@@ -101,6 +103,9 @@ class Parallel:
         Args:
             root: the module that is called.
             student: in it, or itself.
+            half: it runs under bfloat16 autocast. Blocks are then gathered in bfloat16, in half
+                the traffic: autocast's own copies of their weights would be kept for the backward
+                pass, whole, on every rank. (Their norms and LayerScales are rounded too.)
         """
         if not self.sharded:
             return
@@ -109,10 +114,16 @@ class Parallel:
         # Of the heads' outputs, which nothing here changes in place.
         warnings.filterwarnings("ignore", message=".*returned a view tensor", module="torch")
         mesh = self._mesh
-        reduce = torch.bfloat16 if self.settings.reduce == "bfloat16" else None
+        own = next(student.parameters()).dtype
+        reduce = torch.bfloat16 if self.settings.reduce == "bfloat16" else own
         policy = MixedPrecisionPolicy(reduce_dtype=reduce)
-        blocks = [*student.blocks, *(b for bs in student.head_blocks.values() for b in bs)]
-        for module in (*blocks, student.heads, root):
+        of_blocks = dataclasses.replace(
+            policy, param_dtype=torch.bfloat16 if half else None, cast_forward_inputs=False
+        )
+        for module in student.modules():
+            if isinstance(module, Block):
+                fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=of_blocks)
+        for module in (student.heads, root):
             fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
 
     @functools.cached_property

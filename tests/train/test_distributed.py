@@ -511,6 +511,8 @@ def test_train_py_under_torchrun(photos: Path, tmp_path: Path) -> None:
 
     changed = settings(photos)
     changed["stages"][0] |= {"steps": 4, "phi_s_steps": 2, "freeze_trunk_steps": 2}
+    changed["distributed"] = {"strategy": "fsdp2", "reduce": "bfloat16"}
+    changed["optimiser"]["precision"] = "bf16"
     (tmp_path / "tiny.toml").write_text(tomli_w.dumps(changed))
     (tmp_path / "late.py").write_text(
         LATE.format(seconds=RANK_SECONDS, train=str(ROOT / "train.py"))
