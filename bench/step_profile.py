@@ -95,7 +95,7 @@ def profile(config: RunConfig, pairs: int) -> dict[str, Any]:
             0,
             config.total_steps * config.optimiser.accumulate,
             workers=config.data.workers,
-            pin=device == "cuda",
+            device=device,
         )
     )
 

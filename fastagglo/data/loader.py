@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastagglo.data.plan import TrainBatch, check_int
@@ -39,6 +40,7 @@ def make_loader(
     workers: int = 0,
     prefetch: int = 2,
     pin: bool = False,
+    device: torch.device | str | None = None,
 ) -> Iterator[TrainBatch]:
     """The batches of steps ``start`` to ``stop - 1``, in order, the same for any ``workers``.
 
@@ -48,8 +50,11 @@ def make_loader(
         start: the first step; a resumed run gives its step number.
         stop: one past the last step.
         workers: processes that make batches; 0 makes them here, when they are asked for.
-        prefetch: batches made ahead by each worker, at least 1.
+        prefetch: batches made ahead by each worker, at least 1; no more are ever held.
         pin: put batches into page-locked memory, for a GPU that copies while it computes.
+        device: where the batches go; None leaves them on the CPU. To a CUDA device they go by way
+            of page-locked memory and on a stream of their own, each while the device computes on
+            the one before it.
 
     Raises:
         UserError: what the stream raises, with its own message, also from a worker. Other errors
@@ -60,12 +65,54 @@ def make_loader(
     stop = check_int("stop", stop, 0)
     workers = check_int("workers", workers, 0)
     prefetch = check_int("prefetch", prefetch, 1)
-    return _batches(stream, range(start, stop), workers, prefetch, pin)
+    device = None if device is None else torch.device(device)
+    cuda = device is not None and device.type == "cuda"
+    batches = _batches(stream, range(start, stop), workers, prefetch, pin or cuda)
+    if cuda:
+        return _copied_ahead(batches, device)
+    return batches if device is None else (batch.to(device) for batch in batches)
+
+
+def _copied_ahead(
+    batches: Generator[TrainBatch, None, None], device: torch.device
+) -> Iterator[TrainBatch]:
+    """Batches on a CUDA device, one ahead.
+
+    The stream that is current when a batch is asked for waits for its copy; the host does not. An
+    error that comes with the batch ahead is raised when that batch's turn comes.
+    """
+    copies = torch.cuda.Stream(device)
+
+    def ahead() -> tuple[TrainBatch, torch.cuda.Event] | Exception | None:
+        try:
+            batch = next(batches, None)
+            if batch is None:
+                return None
+            with torch.cuda.stream(copies):
+                return batch.to(device, non_blocking=True), copies.record_event()
+        except Exception as error:
+            return error
+
+    try:
+        following = ahead()
+        while following is not None:
+            if isinstance(following, Exception):
+                raise following
+            batch, copied = following
+            current = torch.cuda.current_stream(device)
+            current.wait_event(copied)
+            # Its memory belongs to the stream of the copies: not to be used again before this one.
+            batch.record_stream(current)
+            following = ahead()
+            yield batch
+            del batch
+    finally:
+        batches.close()
 
 
 def _batches(
     stream: CropStream, steps: range, workers: int, prefetch: int, pin: bool
-) -> Iterator[TrainBatch]:
+) -> Generator[TrainBatch, None, None]:
     if not steps:
         return
     if workers:

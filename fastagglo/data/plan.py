@@ -166,6 +166,15 @@ class TrainBatch:
         """The batch in page-locked memory. ``DataLoader(pin_memory=True)`` calls this."""
         return self._map(Tensor.pin_memory)
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory of a batch that another stream made until ``stream`` is done with it."""
+
+        def record(tensor: Tensor) -> Tensor:
+            tensor.record_stream(stream)
+            return tensor
+
+        self._map(record)
+
     def _map(self, function: Callable[[Tensor], Tensor]) -> TrainBatch:
         done: dict[int, Tensor] = {}
 

@@ -186,7 +186,7 @@ class Trainer:
                     self.step * config.optimiser.accumulate,
                     total * config.optimiser.accumulate,
                     workers=config.data.workers,
-                    pin=self.device.type == "cuda",
+                    device=self.device,
                 )
             )
             if (warm := self.warm_start) is not None:
@@ -228,7 +228,6 @@ class Trainer:
                     self.skips.update(batch.skipped, len(batch.keys), batch.bad)
                 except UserError as error:
                     raise UserError(f"setting data.max_bad_share: {error}") from error
-                batch = batch.to(self.device)
             before = teacher_flops(self.teachers)
             with telemetry.phase("teachers"):
                 targets = self._targets(batch.groups)
