@@ -35,6 +35,7 @@ __all__ = [
     "RadioStudent",
     "from_radio",
     "load_radio",
+    "radio_parameters",
     "save_radio",
     "to_radio",
 ]
@@ -159,6 +160,28 @@ def load_radio(
     file = open_weights(Path(path), device)
     student = _build(file.shapes, file.read, file.args, options, strict, str(path))
     return student if dtype is None else student.to(dtype)
+
+
+def radio_parameters(path: Path, num_heads: int | None = None) -> dict[str, Tensor] | None:
+    """A student's parameters from a RADIO checkpoint, for a warm start.
+
+    Args:
+        path: as of :func:`load_radio`.
+        num_heads: as of :func:`from_radio`, for a width that is not published.
+
+    Returns:
+        by the student's names, or None if the file has no RADIO trunk in it.
+
+    Raises:
+        UserError: as of :func:`load_radio`.
+    """
+    file = open_weights(path, "cpu")
+    try:
+        find_layout(file.shapes)
+    except ValueError:
+        return None
+    known = METADATA in file.args
+    return load_radio(path, num_heads=None if known else num_heads).state_dict()
 
 
 def to_radio(student: Student, layout: str | None = None) -> dict[str, Tensor]:

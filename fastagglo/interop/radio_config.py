@@ -125,6 +125,8 @@ def describe(
         registers=max(rows - count, 0),
         layer_scale=1e-5 if _has_scale(shapes, block, layout.scale) else None,
         max_resolution=grid * patch,
+        # For windows, as published: 8 layers of the g models stay global, 4 of the others.
+        global_layers=8 if width == 1536 else 4,
         norm_eps=args.get("layer_norm_eps", 1e-6),
         patch_bias=f"{embedder}.bias" in shapes,
         final_norm=any(f"{layout.trunk}norm.{kind}" in shapes for kind in ("weight", "bias")),

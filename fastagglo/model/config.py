@@ -46,7 +46,8 @@ class StudentConfig:
         final_norm: a LayerNorm ends the trunk; RADIO's trunks have none.
         cls: names of the CLS tokens, where they are not the heads': RADIO's weights without some or
             all heads, or with one token that every head reads. A head reads the token of its own
-            name. Empty: a token per head.
+            name. Empty: a token per head, but in alphabetical order of the names, as students were
+            saved at first; :func:`~fastagglo.model.create_student` fills it in.
         summary: the CLS tokens that make up the backbone's summary (RADIO leaves out SAM's). Empty:
             all.
         pixel_mean, pixel_std: RGB statistics that normalise images; CLIP's (arXiv 2103.00020).
@@ -286,7 +287,7 @@ PRESETS: dict[str, StudentConfig] = {
 def preset(
     name: str, heads: Mapping[str, HeadSpec] | None = None, **overrides: Any
 ) -> StudentConfig:
-    """The preset ``name`` with some settings replaced.
+    """The preset ``name`` with some settings replaced; each head's CLS token carries its name.
 
     Raises:
         ValueError: no such preset, or a value out of range.
@@ -298,4 +299,7 @@ def preset(
     for key in overrides:
         if key not in known:
             raise TypeError(f"unknown setting {key!r} of a student{suggestion(key, known)}")
-    return dataclasses.replace(PRESETS[name], heads={} if heads is None else heads, **overrides)
+    heads = {} if heads is None else heads
+    # Named, so that the head called so reads it: unnamed tokens lie in alphabetical order.
+    names = {"cls": tuple(heads)} if isinstance(heads, Mapping) else {}
+    return dataclasses.replace(PRESETS[name], heads=heads, **(names | overrides))

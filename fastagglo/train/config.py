@@ -53,7 +53,7 @@ class StudentSettings:
     """How many blocks stay global in windowed steps, or which (from 0), beside the last; the
     preset's own if not given."""
     init: str | None = None
-    """Folder of a saved student whose trunk and heads are the starting point."""
+    """Folder of a saved student, or a RADIO checkpoint, whose trunk and heads are the start."""
     checkpoint_blocks: bool = False
     """Recompute each block's activations in the backward pass, to save memory."""
 

@@ -17,6 +17,7 @@ from fastagglo.data import GroupViews, SkipCounter, TrainBatch, make_loader
 from fastagglo.distill import Distiller, DistillOutput, Matching, make_ema
 from fastagglo.errors import UserError
 from fastagglo.features import Features
+from fastagglo.interop.radio import radio_parameters
 from fastagglo.model import (
     HeadSpec,
     PackedBatch,
@@ -120,8 +121,10 @@ class Trainer:
         )
         self.warm_start: WarmStart | None = None
         if config.student.init and resume is None:
+            source = Path(config.student.init)
             try:
-                self.warm_start = warm_start(student, Path(config.student.init))
+                found = radio_parameters(source, student.config.num_heads)
+                self.warm_start = warm_start(student, source if found is None else found)
             except UserError as error:
                 raise UserError(f"setting student.init: {error}") from error
             self.distiller.heads_are_in_teacher_space(self.warm_start.copied)

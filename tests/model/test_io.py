@@ -193,6 +193,16 @@ class TestWarmStart:
         )
         assert all(p.requires_grad and p.grad is None for p in new.parameters())
 
+    def test_each_head_reads_the_token_of_its_name(self) -> None:
+        """With the same tokens in all, a teacher's features do not depend on who else there is."""
+        heads = {name: HeadSpec(summary=5, spatial=4) for name in ("z", "m", "a")}
+        old = student(0, heads=heads).eval()
+        new = student(1, heads={name: heads[name] for name in ("m", "a", "z")}).eval()
+        warm_start(new, old.state_dict())
+        x = torch.rand(2, 3, 64, 48)
+        for name, features in old(x).items():
+            torch.testing.assert_close(new(x)[name].summary, features.summary)
+
     def test_skips_and_resizes_by_name(self) -> None:
         old = student(0)
         new = student(1, heads={"z": HeadSpec(summary=10, spatial=13)}, max_resolution=192, depth=1)

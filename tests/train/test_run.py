@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from fastagglo.data import eval_views
+from fastagglo.interop import save_radio
 from fastagglo.model import PackedBatch, load_student
 from fastagglo.train import load_recipe
 from fastagglo.train.telemetry import Telemetry
@@ -449,6 +450,18 @@ def test_a_warm_start_begins_where_the_other_run_ended(finished, tiny):
     assert event["untouched"] == 0
     assert event["skipped"] == 0
     assert event["copied"] > 20
+
+
+def test_a_warm_start_from_radios_names(finished, tiny):
+    _, folder, _ = finished
+    theirs = load_student(folder / "student")
+    save_radio(theirs, tiny.folder / "radio.safetensors")
+    settings = warm(tiny, folder, {"teachers": LITE0})
+    student = tiny.trainer(settings).distiller.student.state_dict()
+    settings["student"]["init"] = str(tiny.folder / "radio.safetensors")
+    trainer = tiny.trainer(settings)
+    assert not trainer.warm_start.skipped
+    assert moved(trainer.distiller.student.state_dict(), student) == set()
 
 
 def test_a_warm_start_may_have_other_teachers(finished, tiny):
