@@ -17,8 +17,8 @@ from fastagglo.model.cost import student_flops
 from fastagglo.teachers import Teacher
 from fastagglo.teachers.base import TeacherSpec
 from fastagglo.train.config import GroupSettings, HeadSettings, RunConfig, TeacherSettings
-from fastagglo.train.loop import build_student, stated_widths
 from fastagglo.train.recipe import load_recipe
+from fastagglo.train.student import build_student, stated_widths
 
 # The step that is measured first: the one before it would have settled the statistics.
 FIRST = 1

@@ -91,16 +91,21 @@ class StepPlan:
         groups: the groups, in the order of the packed batch.
         window: side of the student's attention windows in tokens, or None for its own setting.
             The data do not use it: it rides along to the student.
+        start: number, over the whole run and all ranks, of the first image. None: as many images
+            on every rank in every step so far, which the data then count.
     """
 
     groups: tuple[GroupPlan, ...]
     window: int | None = None
+    start: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))
         for group in self.groups:
             if not isinstance(group, GroupPlan):
                 raise TypeError(f"groups must hold GroupPlans, got {type(group).__name__}")
+        if self.start is not None:
+            check_int("start", self.start, 0)
 
     @property
     def images(self) -> int:

@@ -106,8 +106,9 @@ class CropStream(Dataset[TrainBatch]):
 
     Args:
         source: the training images.
-        planner: the plan of each step. It must be a pure function of the step, and plan the same
-            number of images on every rank. A resumed run calls it once for each earlier step.
+        planner: the plan of each step, a pure function of the step. Plans without a ``start`` must
+            have the same number of images on every rank; of them a resumed run asks for all the
+            earlier ones once.
         seed: 0 or more.
         rank, world: this process among all.
         scale: smallest and largest crop area, as a share of the allowed area.
@@ -190,6 +191,8 @@ class CropStream(Dataset[TrainBatch]):
 
     def first_position(self, step: int) -> int:
         """The number, over the whole run, of this rank's first image of a step."""
+        if (start := self._plan(step).start) is not None:
+            return start
         while len(self._before) <= step:
             self._before.append(self._before[-1] + self._plan(len(self._before) - 1).images)
         return self._before[step] * self.world + self._plan(step).images * self.rank

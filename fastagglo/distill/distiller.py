@@ -262,7 +262,8 @@ class Distiller(nn.Module):
 
         Args:
             batch: the student's images, one group per resolution.
-            targets: for each group, each teacher's features.
+            targets: for each group, each teacher's features. A teacher may be missing from a
+                group; its head gets gradients of zero for those images.
             shifts: for each group, ``(N, 2)`` offsets of each teacher's view from the student's
                 in student patches; a missing name means none.
             window: side of the attention windows in tokens, or None for global attention.
@@ -282,7 +283,7 @@ class Distiller(nn.Module):
         )
         if self.teacher_drop > 0 and self.training:
             kept = self._kept_shares(pairs, result.per_image, batch.num_images)
-        losses: dict[str, Tensor] = {}
+        losses = self._nothing(output, pairs)
         for index, pair in enumerate(pairs):
             loss = result.per_term[index]
             if self.teacher_drop > 0 and self.training:
@@ -361,7 +362,8 @@ class Distiller(nn.Module):
             for index, (group, count) in enumerate(zip(targets, counts, strict=True)):
                 images = slice(first, first + count)
                 first += count
-                goal = group[name]
+                if (goal := group.get(name)) is None:
+                    continue
                 if match.spatial and match.spatial_weight > 0 and goal.spatial is not None:
                     term = replace(spatial, shift=shifts[index].get(name))
                     prediction = output[name].spatial[index]
@@ -371,6 +373,30 @@ class Distiller(nn.Module):
                     weight, prediction = match.summary_weight, summaries[index]
                     yield _Pair(name, "summary", images, weight, summary, prediction, goal.summary)
 
+    def _kinds(self) -> list[tuple[str, str]]:
+        """Each teacher and kind of feature that the student learns, in one order on all ranks."""
+        found = []
+        for name, match in self.matching.items():
+            if match.spatial and match.spatial_weight > 0:
+                found.append((name, "spatial"))
+            if match.summary and match.summary_weight > 0:
+                found.append((name, "summary"))
+        return found
+
+    def _nothing(self, output: StudentOutput, pairs: Sequence[_Pair]) -> dict[str, Tensor]:
+        """A loss of zero, which its head takes part in, for what has no target in this batch.
+
+        Other ranks may have targets for it, and gradients are averaged over all.
+        """
+        losses: dict[str, Tensor] = {}
+        for name, kind in self._kinds():
+            if not any((pair.teacher, pair.kind) == (name, kind) for pair in pairs):
+                features = output[name]
+                rows = features.summary if kind == "summary" else features.spatial[0]
+                nothing = rows[:0].sum(dtype=torch.float32)  # zero whatever the rows hold
+                losses[name] = losses[name] + nothing if name in losses else nothing
+        return losses
+
     def _with_denominators(
         self, pairs: list[_Pair], mesa: tuple[Any, ...] | None
     ) -> tuple[list[_Pair], Tensor]:
@@ -379,12 +405,13 @@ class Distiller(nn.Module):
         Beside them MESA's, of the arguments ``mesa`` of its loss.
         """
         # The same places on every rank, whatever a rank has to compare.
-        kinds = [(name, kind) for name in self.matching for kind in ("spatial", "summary")]
-        places = {kind: place for place, kind in enumerate(kinds)}
-        sums = torch.zeros(len(kinds) + 1, device=pairs[0].prediction.device)
+        places = {kind: place for place, kind in enumerate(self._kinds())}
+        prediction = pairs[0].prediction
+        dtype = torch.promote_types(torch.float32, prediction.dtype)
+        sums = torch.zeros(len(places) + 1, device=prediction.device, dtype=dtype)
         for pair in pairs:
             weights = term_image_weights(pair.prediction.shape, pair.target.shape, pair.term)
-            sums[places[pair.teacher, pair.kind]] += weights.sum()
+            sums[places[pair.teacher, pair.kind]] += weights.sum(dtype=dtype)
         if mesa is not None:
             sums[-1] = mesa_weight(*mesa)
         if dist.is_initialized():

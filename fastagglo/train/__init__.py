@@ -2,8 +2,9 @@
 
 from fastagglo.train.config import RunConfig
 from fastagglo.train.distributed import choose_device, process_group
-from fastagglo.train.loop import Trainer, build_student, stated_widths
+from fastagglo.train.loop import Trainer
 from fastagglo.train.recipe import load_recipe, parse_arguments, recipe_names
+from fastagglo.train.student import build_student, stated_widths
 
 __all__ = [
     "RunConfig",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,15 +18,7 @@ from fastagglo.distill import Distiller, DistillOutput, Matching, make_ema
 from fastagglo.errors import UserError
 from fastagglo.features import Features
 from fastagglo.interop.radio import radio_parameters
-from fastagglo.model import (
-    HeadSpec,
-    PackedBatch,
-    Student,
-    WarmStart,
-    create_student,
-    save_student,
-    warm_start,
-)
+from fastagglo.model import PackedBatch, WarmStart, save_student, warm_start
 from fastagglo.ops.sharded import whole
 from fastagglo.teachers import Teacher
 from fastagglo.train import run_folder
@@ -41,53 +33,11 @@ from fastagglo.train.optim import build_optimiser, forget, set_learning_rate
 from fastagglo.train.parallel import Parallel
 from fastagglo.train.recipe import save_config
 from fastagglo.train.schedule import Planner, eval_steps, learning_rate
+from fastagglo.train.student import build_student
 from fastagglo.train.targets import finite_teachers, load_teachers, teacher_features
 from fastagglo.train.telemetry import Telemetry
 from fastagglo.train.verdict import Verdict
 from fastagglo.train.work import StudentWork, measured_peak, teacher_flops
-
-
-def build_student(
-    config: RunConfig, widths: Mapping[str, tuple[int | None, int | None]]
-) -> Student:
-    """The student of a run, with one head per teacher.
-
-    Args:
-        config: the run.
-        widths: summary and spatial width of each teacher, by name.
-    """
-    settings = config.student
-    heads = {
-        name: HeadSpec(
-            summary=widths[name][0] if teacher.summary_weight > 0 else None,
-            spatial=widths[name][1] if teacher.spatial_weight > 0 else None,
-            hidden=teacher.head.hidden,
-            blocks=teacher.head.blocks,
-            upsample=teacher.head.upsample,
-            pre_norm=teacher.head.pre_norm,
-            spatial_blocks=teacher.head.spatial_blocks,
-        )
-        for name, teacher in config.teachers.items()
-    }
-    overrides = {
-        name: getattr(settings, name)
-        for name in ("patch_size", "depth", "mlp", "global_layers", "max_resolution")
-        if getattr(settings, name) is not None
-    }
-    student = create_student(
-        settings.preset,
-        heads=heads,
-        registers=settings.registers,
-        drop_path=settings.drop_path,
-        **overrides,
-    )
-    student.checkpoint_blocks = settings.checkpoint_blocks
-    return student
-
-
-def stated_widths(config: RunConfig) -> dict[str, tuple[int | None, int | None]]:
-    """Widths of the teachers as the recipe states them, without loading any."""
-    return {n: (t.summary_width, t.spatial_width) for n, t in config.teachers.items()}
 
 
 class Trainer:
@@ -118,6 +68,7 @@ class Trainer:
             {n: t.spec for n, t in self.teachers.items()},
             student.config.patch_size,
             self.world,
+            self.rank,
         )
         self.warm_start: WarmStart | None = None
         if config.student.init and resume is None:
@@ -221,9 +172,9 @@ class Trainer:
         set_learning_rate(self.optimiser, rate)
         self.optimiser.zero_grad(set_to_none=True)
         losses: dict[str, Tensor] = {}
-        images = tokens = 0
         flops = {"student": 0, "teachers": 0}
         verdict = Verdict(list(self.teachers), self.device)
+        together = self.planner.whole(step)
         for micro in range(micro_steps):
             with telemetry.phase("data"):
                 batch = next(batches)
@@ -245,11 +196,11 @@ class Trainer:
                 _seed(config.seed, step * micro_steps + micro, self.rank)
                 output = self._forward(batch, targets)
                 verdict.loss(output.total)
-                (output.total / micro_steps).backward()
+                # Micro-steps weigh by their images: the number of them where all are alike.
+                parts = together.images / int(together.counts[:, micro].sum())
+                (output.total / parts).backward()
             for name, loss in output.teachers.items():
-                losses[name] = losses.get(name, 0.0) + loss / micro_steps
-            images += len(batch.keys) * self.world
-            tokens += self._tokens(batch) * self.world
+                losses[name] = losses.get(name, 0.0) + loss / parts
             shapes = [(len(g.student), *g.student.shape[-2:]) for g in batch.groups]
             flops["student"] += self.work.step(
                 shapes, window=batch.plan.window, frozen=bool(self._frozen)
@@ -270,11 +221,12 @@ class Trainer:
         telemetry.step(
             step,
             self.parallel.mean(losses, self._loss_names),
-            images=images,
-            tokens=tokens,
+            images=together.images,
+            tokens=together.tokens(self.distiller.student.config.prefix_tokens),
             lr=rate,
             grad_norm=norm,
             skipped=dict(self.skips.counts),
+            extra={"expected_idle_share": together.idle} if self.world > 1 else None,
             flops=flops,
         )
 
@@ -295,14 +247,6 @@ class Trainer:
         if self.cache is not None:
             return self.cache.features(groups)
         return teacher_features(self.teachers, groups, self.config.teachers)
-
-    def _tokens(self, batch: TrainBatch) -> int:
-        student = self.distiller.student.config
-        return sum(
-            len(g.student)
-            * ((g.student.shape[-1] // student.patch_size) ** 2 + student.prefix_tokens)
-            for g in batch.groups
-        )
 
     def _forward(self, batch: TrainBatch, targets: list[dict[str, Features]]) -> DistillOutput:
         config, window = self.config, batch.plan.window

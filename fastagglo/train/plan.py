@@ -13,15 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from fastagglo.distill.mosaic import mosaic_plan
 from fastagglo.errors import UserError, suggestion
 from fastagglo.model import Student, StudentConfig
-from fastagglo.model.cost import VitShape, activation_bytes, student_flops, vit_flops
-from fastagglo.teachers import TeacherSpec
+from fastagglo.model.cost import VitShape, activation_bytes, student_flops
 from fastagglo.train.config import GroupSettings, RunConfig, TeacherSettings
-from fastagglo.train.loop import build_student, stated_widths
+from fastagglo.train.costs import teacher_view_flops
 from fastagglo.train.schedule import Planner
-from fastagglo.train.teacher_shapes import SHAPES, TeacherShape
+from fastagglo.train.student import build_student, stated_widths
+from fastagglo.train.teacher_shapes import SHAPES, TeacherShape, known_specs
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -92,8 +91,8 @@ class StagePlan:
         name, steps, images: the stage's; images of a step over all GPUs.
         student_flops, heads_flops: forward, of an image.
         teachers: their costs.
-        seconds: of a step by part: student, teachers, all-reduce that no backward hides, data that
-            no GPU work hides.
+        seconds: of a step by part: student, teachers, the wait for the rank with the most work,
+            all-reduce that no backward hides, data that no GPU work hides.
         memory: bytes of a GPU by part, at the largest sizes.
         communicated: bytes that a GPU sends in a step.
         images_per_second: over all GPUs.
@@ -156,14 +155,13 @@ class Plan:
         return max(sum(stage.memory.values()) for stage in self.stages)
 
     @property
-    def undivided(self) -> list[str]:
-        """Settings of groups whose images the GPUs cannot share evenly, as the trainer wants."""
+    def short(self) -> list[str]:
+        """Stages with fewer images than GPUs and micro-steps, which the trainer refuses."""
         shares = self.gpus * self.config.optimiser.accumulate
         return [
-            f"stages.{i}.groups.{j}.images ({group.images})"
-            for i, stage in enumerate(self.config.stages)
-            for j, group in enumerate(stage.groups)
-            if group.images % shares
+            f"stages.{i}.groups ({stage.images})"
+            for i, stage in enumerate(self.stages)
+            if stage.images < shares
         ]
 
     @property
@@ -194,10 +192,12 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, assumptions: Assumptions) 
             raise UserError(f"--{name} must be above 0{limit}, got {value:g}")
     shapes = {n: SHAPES[t.model] for n, t in config.teachers.items() if t.model in SHAPES}
     student = _student(config)
+    least = min(sum(group.images for group in stage.groups) for stage in config.stages)
     planner = Planner(
         config,
-        {name: _spec(name, shape) for name, shape in shapes.items()},
+        known_specs(config),
         student.config.patch_size,
+        gpus if least >= gpus * config.optimiser.accumulate else 1,
     )
     parameters = _parameters(student)
     stages = tuple(
@@ -223,27 +223,12 @@ def _parameters(student: Student) -> dict[str, int]:
     return {"trunk": sum(p.numel() for p in student.parameters()) - heads, "heads": heads}
 
 
-def _spec(name: str, shape: TeacherShape) -> TeacherSpec:
-    grey, patch = (0.5, 0.5, 0.5), shape.vit.patch
-    return TeacherSpec(
-        name, shape.input_size, patch, patch, grey, grey, shape.vit.width, shape.vit.width
-    )
-
-
 def _teacher_flops(
     settings: TeacherSettings, shape: TeacherShape, size: int, planner: Planner, name: str
 ) -> float:
     """Forward FLOPs of one image of a group at the student's ``size``, mean over the draws."""
     choices = planner.teacher_sizes(name, size)
-    total = 0.0
-    for choice in choices:
-        canvas = shape.input_size
-        if settings.mosaic and canvas is not None and choice < canvas:
-            tiles = mosaic_plan(choice, canvas, shape.vit.patch).per_canvas
-            total += vit_flops(shape.vit, canvas, canvas) / tiles
-        else:
-            total += vit_flops(shape.vit, choice, choice)
-    return total / len(choices)
+    return sum(teacher_view_flops(settings, shape, choice) for choice in choices) / len(choices)
 
 
 def _mean(group: GroupSettings, of_size: Callable[[int], float]) -> float:
@@ -287,6 +272,8 @@ def _stage(
         "student": ((1 + again + average) * trunk + heads) / rate + backward,
         "teachers": sum(t.flops for t in teachers) * images / rate,
     }
+    idle = _idle(planner, index)
+    seconds["uneven ranks"] = sum(seconds.values()) * idle / (1 - idle)
     # A ring sends and receives nearly every gradient twice; it overlaps the last backward.
     communicated = round(8 * sum(parameters.values()) * (gpus - 1) / gpus)
     last = backward / config.optimiser.accumulate
@@ -306,6 +293,15 @@ def _stage(
         communicated,
         gpus,
     )
+
+
+def _idle(planner: Planner, index: int) -> float:
+    """Share of a stage's steps that ranks wait for one another, a mean over draws of sizes."""
+    stages = planner.config.stages
+    first = sum(stage.steps for stage in stages[:index])
+    every = max(1, stages[index].steps // 16)
+    idle = [planner.whole(first + step).idle for step in range(0, stages[index].steps, every)]
+    return sum(idle) / len(idle)
 
 
 def _memory(

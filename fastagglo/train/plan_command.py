@@ -99,11 +99,10 @@ def show(plan: Plan) -> None:
         f"files of {image_kb:g} kB; {given.images_per_core:g} images/s a CPU core, "
         f"{max(1, config.data.workers)} cores a GPU."
     )
-    if plan.undivided:
-        shares = plan.gpus * config.optimiser.accumulate
+    if plan.short:
         console.print(
-            f"To run it, make a multiple of {shares} (GPUs x optimiser.accumulate) of "
-            f"{', '.join(plan.undivided)}: the trainer gives every GPU the same."
+            f"To run it, every GPU needs an image in every micro-step: too few for {plan.gpus} x "
+            f"{config.optimiser.accumulate} in {', '.join(plan.short)}"
         )
     if plan.unknown:
         console.print(f"Left out, shape not known: teachers {', '.join(plan.unknown)}")
@@ -155,7 +154,7 @@ def advice(plan: Plan) -> str:
     found = []
     for text, changed in changes:
         other = make_plan(changed, plan.gpus, plan.gpu, plan.assumptions)
-        if len(other.undivided) <= len(plan.undivided):
+        if len(other.short) <= len(plan.short):
             found.append((text, other))
     able = [(text, other) for text, other in found if other.fits]
     if not plan.fits:

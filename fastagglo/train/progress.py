@@ -106,6 +106,8 @@ class _Plain(Display):
 
     def shares(self, row: Mapping[str, Any]) -> str:
         shares = {**row["phases"], "overhead": row["overhead"]}
+        if idle := row.get("extra", {}).get("expected_idle_share"):
+            shares["uneven ranks"] = idle
         return "  ".join(f"{name} {share:.0%}" for name, share in shares.items())
 
     def left(self, done: int) -> str:

@@ -1,7 +1,7 @@
 """What each step does: its resolutions, teacher inputs and window, and its learning rate.
 
 All of it is a pure function of the configuration and the step, so a resumed run needs nothing but
-the step number to go on as if it had never stopped.
+the step number to go on as if it had never stopped, and every rank knows what all others do.
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import operator
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,34 +19,72 @@ from fastagglo.data import GroupPlan, StepPlan
 from fastagglo.errors import UserError
 from fastagglo.model.config import preset
 from fastagglo.teachers import TeacherSpec
+from fastagglo.train.assignment import idle_share, spread
 from fastagglo.train.config import EMA_VIEW, RunConfig
+from fastagglo.train.costs import ImageCosts
+
+
+@dataclass(frozen=True)
+class WholeStep:
+    """A step over all ranks and micro-steps.
+
+    Attributes:
+        groups: with the images of all of them.
+        window: of the student, or None.
+        counts: ``(groups, micro-steps, ranks)``, images of each.
+        idle: share of the step that ranks are expected to wait for the one with the most work, by
+            the FLOPs of their images.
+    """
+
+    groups: tuple[GroupPlan, ...]
+    window: int | None
+    counts: np.ndarray
+    idle: float
+
+    @property
+    def images(self) -> int:
+        return sum(group.count for group in self.groups)
+
+    def tokens(self, prefix: int) -> int:
+        """Tokens of the student, each image's with ``prefix`` CLS and register tokens."""
+        return sum(g.count * ((g.size // g.patch_size) ** 2 + prefix) for g in self.groups)
 
 
 class Planner:
-    """Maps a micro-step to the plan of its batch.
+    """Maps a micro-step to the plan of its batch on one rank.
 
     Micro-step ``i`` is number ``i % accumulate`` of optimiser step ``i // accumulate``; the draws
-    (resolutions, teacher sizes, window) are the same on all ranks and micro-steps of a step, so
-    that ranks do equal work.
+    (resolutions, teacher sizes, window) are the same on all ranks and micro-steps of a step. Where
+    the images of every group can be divided evenly, ranks do equal work; where they cannot, images
+    are spread by what they cost (`fastagglo.train.assignment`).
 
     Args:
         config: the run.
         specs: what each teacher accepts, by name.
         patch_size: of the student, in pixels.
         world: number of ranks the images of a step are divided over.
+        rank: the one to plan for.
 
     Raises:
-        UserError: a group's images cannot be divided over ranks and micro-steps; a resolution is
-            no multiple of the student's patch; no window divides the images of any stage; a
-            teacher does not accept a size.
+        UserError: a step has fewer images than ranks and micro-steps; a resolution is no multiple
+            of the student's patch; no window divides the images of any stage; a teacher does not
+            accept a size.
     """
 
     def __init__(
-        self, config: RunConfig, specs: Mapping[str, TeacherSpec], patch_size: int, world: int = 1
+        self,
+        config: RunConfig,
+        specs: Mapping[str, TeacherSpec],
+        patch_size: int,
+        world: int = 1,
+        rank: int = 0,
     ) -> None:
         self.config = config
         self.specs = dict(specs)
         self.patch_size = patch_size
+        self.world, self.rank = world, rank
+        self._costs: ImageCosts | None = None
+        self._latest: tuple[int, WholeStep] | None = None
         for name, spec in self.specs.items():
             if config.teachers[name].mosaic and not spec.input_size:
                 raise UserError(
@@ -53,13 +93,14 @@ class Planner:
                 )
         self.shares = world * config.optimiser.accumulate
         for index, stage in enumerate(config.stages):
+            if (images := sum(group.images for group in stage.groups)) < self.shares:
+                raise UserError(
+                    f"setting stages.{index}.groups has {images} images a step: give at least "
+                    f"{self.shares}, one for each rank and micro-step (ranks x "
+                    "optimiser.accumulate)"
+                )
             for number, group in enumerate(stage.groups):
                 here = f"stages.{index}.groups.{number}"
-                if group.images % self.shares:
-                    raise UserError(
-                        f"setting {here}.images is {group.images}: it must be a multiple of "
-                        f"{self.shares} (ranks x optimiser.accumulate)"
-                    )
                 for size in group.sizes:
                     self._check_student_size(f"{here}.sizes", size)
         for size in config.eval.sizes:
@@ -74,17 +115,52 @@ class Planner:
                     self._check_teacher_size(name, choice)
 
     def __call__(self, micro_step: int) -> StepPlan:
+        step, micro = divmod(micro_step, self.config.optimiser.accumulate)
+        whole = self.whole(step)
+        counts = whole.counts[:, micro, self.rank].tolist()
+        groups = tuple(
+            dataclasses.replace(group, count=count)
+            for group, count in zip(whole.groups, counts, strict=True)
+            if count
+        )
+        earlier = int(whole.counts.sum(axis=0).ravel()[: micro * self.world + self.rank].sum())
+        return StepPlan(groups, whole.window, self._images_before(step) + earlier)
+
+    def whole(self, step: int) -> WholeStep:
+        """What all ranks do together in an optimiser step, and who takes which images."""
+        if self._latest is None or self._latest[0] != step:
+            self._latest = (step, self._whole(step))
+        return self._latest[1]
+
+    def _whole(self, step: int) -> WholeStep:
         config = self.config
-        step = micro_step // config.optimiser.accumulate
         stage = config.stages[config.stage_at(step)[0]]
         rng = np.random.default_rng((config.seed, step, 0x5EED))
         sizes = [int(rng.choice(group.sizes)) for group in stage.groups]
         draws = {name: rng.random() for name in self.specs}
         groups = tuple(
-            self._group(size, group.images // self.shares, draws, config.distill.shift_std)
+            self._group(size, group.images, draws, config.distill.shift_std)
             for size, group in zip(sizes, stage.groups, strict=True)
         )
-        return StepPlan(groups=groups, window=self._window(sizes, rng))
+        window = self._window(sizes, rng)
+        shape = (len(groups), config.optimiser.accumulate, self.world)
+        images = np.array([group.count for group in groups])
+        if not (images % self.shares).any():
+            each = (images // self.shares)[:, None, None]
+            return WholeStep(groups, window, np.broadcast_to(each, shape), 0.0)
+        if self._costs is None:
+            self._costs = ImageCosts(config, self.specs)
+        costs = [self._costs(group, window) for group in groups]
+        bins = [range(self.shares)] * len(groups)
+        counts = spread(costs, images.tolist(), bins, self.shares).reshape(shape)
+        idle = idle_share(np.einsum("gmr,g->mr", counts, costs))
+        return WholeStep(groups, window, counts, idle)
+
+    def _images_before(self, step: int) -> int:
+        index, within = self.config.stage_at(step)
+        steps = [stage.steps for stage in self.config.stages[:index]] + [within]
+        each = [sum(group.images for group in stage.groups) for stage in self.config.stages]
+        return sum(map(operator.mul, steps, each))
 
     def eval_sizes(self) -> tuple[int, ...]:
         """Student resolutions of the held-out figures, ascending."""

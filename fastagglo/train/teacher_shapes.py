@@ -8,8 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fastagglo.model.cost import VitShape
+from fastagglo.teachers import TeacherSpec
+from fastagglo.train.config import RunConfig
 
-__all__ = ["SHAPES", "TeacherShape"]
+__all__ = ["SHAPES", "TeacherShape", "known_specs"]
 
 
 @dataclass(frozen=True)
@@ -62,3 +64,13 @@ SHAPES: dict[str, TeacherShape] = {
         VitShape(1024, 32, 4736, 14, prefix=0, window=24, global_layers=4, extra=577 * 1024), 1008
     ),
 }
+
+
+def known_specs(config: RunConfig) -> dict[str, TeacherSpec]:
+    """What the teachers of a run accept and give, of those whose shapes are known."""
+    grey, found = (0.5, 0.5, 0.5), {}
+    for name, teacher in config.teachers.items():
+        if (shape := SHAPES.get(teacher.model)) is not None:
+            size, width = shape.vit.patch, shape.vit.width
+            found[name] = TeacherSpec(name, shape.input_size, size, size, grey, grey, width, width)
+    return found

@@ -163,12 +163,23 @@ def test_command():
     assert "error: --gpu x" in failed.stderr
 
 
-def test_batches_that_gpus_cannot_share(capsys):
-    """256 GPUs for 128 images of 1024 px: planned as if they could, and said."""
-    plan_command.main(["--recipe", "radio-v2.5-h", "--gpus", "256"])
+def test_batches_that_gpus_cannot_share_evenly(capsys):
+    """128 images of 1024 px beside 1,024 small ones: some of 768 GPUs wait for others."""
+    plan_command.main(["--recipe", "radio-v2.5-h", "--gpus", "768"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "a multiple of 256" in printed
-    assert "stages.2.groups.1.images (128)" in printed
+    assert "of that uneven ranks" in printed
+    even, uneven = (
+        make_plan(load_recipe("radio-v2.5-h"), gpus, "h100", Assumptions()).stages[2].seconds
+        for gpus in (128, 768)
+    )
+    assert even["uneven ranks"] == 0
+    assert uneven["uneven ranks"] > 0.1 * (uneven["student"] + uneven["teachers"])
+
+
+def test_more_gpus_than_images(capsys):
+    plan_command.main(["--recipe", "radio-v2.5-h", "--gpus", "2048"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "too few for 2048 x 1 in stages.0.groups (1024)" in printed
 
 
 def test_unknown_teachers_are_said(capsys):

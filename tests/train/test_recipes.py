@@ -194,10 +194,10 @@ def test_a_broken_recipe_file_is_named(tmp_path):
         load_recipe(str(path))
 
 
-def test_images_must_divide_over_ranks_and_micro_steps():
+def test_every_rank_needs_an_image():
     config = load_recipe("radio-v2.5-b")
-    with pytest.raises(UserError, match=r"stages\.0\.groups\.0\.images is 1024.*multiple of 3"):
-        Planner(config, specs(config), 16, world=3)
+    with pytest.raises(UserError, match=r"stages\.0\.groups has 1024 images.*at least 1025"):
+        Planner(config, specs(config), 16, world=1025)
 
 
 def test_a_resolution_that_the_patch_does_not_divide_is_refused():
