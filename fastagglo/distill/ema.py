@@ -99,11 +99,16 @@ def mesa_weight(
     ema_spatial: Sequence[Tensor],
     shifts: Sequence[Tensor | None] | None = None,
 ) -> Tensor:
-    """Sum of the image weights of :func:`mesa_loss` of these arguments, 0-d float32."""
-    device = student_spatial[0].device
-    total = torch.zeros((), device=device)
+    """Sum of the image weights of :func:`mesa_loss` of these arguments, 0-d.
+
+    It is float32, or float64 if the features are.
+    """
+    device, dtype = student_spatial[0].device, student_spatial[0].dtype
+    total = torch.zeros((), device=device, dtype=torch.promote_types(torch.float32, dtype))
     shifts = [None] * len(student_spatial) if shifts is None else shifts
     for ours, theirs, shift in zip(student_spatial, ema_spatial, shifts, strict=True):
         term = LossTerm("mse", shift=shift)
-        total += term_image_weights(ours.shape, theirs.shape, term).sum().to(device)
+        total += (
+            term_image_weights(ours.shape, theirs.shape, term).sum(dtype=total.dtype).to(device)
+        )
     return total

@@ -195,9 +195,7 @@ class CacheWork:
             )
 
     def _stream(self, reader: _Present | None) -> CropStream:
-        return crop_stream(
-            self.config, self.data, self._planner, rank=self.rank, world=self.world, reader=reader
-        )
+        return crop_stream(self.config, self.data, self._planner, reader=reader)
 
     def _compute(self, photos: Sequence[list[GroupViews]]) -> None:
         # Plan by plan: a view that two resolutions share is found the second time.

@@ -23,8 +23,6 @@ def crop_stream(
     data: Split,
     planner: Planner,
     *,
-    rank: int,
-    world: int,
     reader: FeatureReader | None = None,
 ) -> CropStream:
     """The training crops of one rank.
@@ -32,8 +30,7 @@ def crop_stream(
     Args:
         config: the run.
         data: of `load_split`.
-        planner: of each step.
-        rank, world: this process among all.
+        planner: of each step of this rank.
         reader: gives stored features of fixed crops.
     """
     settings = config.data
@@ -41,8 +38,8 @@ def crop_stream(
         data.train,
         planner,
         seed=config.seed,
-        rank=rank,
-        world=world,
+        rank=planner.rank,
+        world=planner.world,
         scale=settings.crop_scale,
         region=settings.holdout_region,
         filters=Filters(settings.min_size, settings.uniform_std, settings.drop_duplicates),

@@ -91,8 +91,6 @@ class Trainer:
             config,
             self.data,
             self.planner,
-            rank=self.rank,
-            world=self.world,
             reader=None if self.cache is None else self.cache.reader,
         )
         self.held_out = HeldOut(config, self.data, self.planner, self.cache)

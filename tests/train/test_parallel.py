@@ -84,10 +84,9 @@ class Joined(Dataset[TrainBatch]):
 
     def __init__(self, trainer: Trainer, ranks: range) -> None:
         config, specs = trainer.config, trainer.planner.specs
-        planner = Planner(config, specs, trainer.planner.patch_size, RANKS)
-        self.streams = [
-            crop_stream(config, trainer.data, planner, rank=rank, world=RANKS) for rank in ranks
-        ]
+        patch = trainer.planner.patch_size
+        planners = [Planner(config, specs, patch, RANKS, rank) for rank in ranks]
+        self.streams = [crop_stream(config, trainer.data, planner) for planner in planners]
 
     def __getitem__(self, index: int) -> TrainBatch:
         batches = [stream[index] for stream in self.streams]

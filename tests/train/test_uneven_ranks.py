@@ -94,7 +94,7 @@ def wide(features: Features) -> Features:
 def rank_batches(steps: Steps, rank: int, world: int) -> list[TrainBatch]:
     trainer = steps.trainer
     planner = Planner(trainer.config, trainer.planner.specs, 16, world, rank)
-    stream = crop_stream(trainer.config, trainer.data, planner, rank=rank, world=world)
+    stream = crop_stream(trainer.config, trainer.data, planner)
     return [stream[step] for step in range(STEPS)]
 
 
