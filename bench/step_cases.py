@@ -208,8 +208,8 @@ class Noise(nn.Module):
         return summary, draw(count * h * w, spec.spatial).view(count, h, w, spec.spatial)
 
 
-def stand_ins(config: RunConfig, device: torch.device) -> dict[str, Teacher]:
-    """Teachers of a recipe that give noise in their shapes."""
+def stand_ins(config: RunConfig, device: torch.device, sample: object = None) -> dict[str, Teacher]:
+    """Teachers of a recipe that give noise in their shapes, as `load_teachers` builds real ones."""
     found = {}
     for name, settings in config.teachers.items():
         patch, size = STAND_INS[name]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastagglo.errors import UserError
@@ -105,6 +106,8 @@ class Teacher(nn.Module):
 
     Attributes:
         seen: images so far, by height and width: what was really computed.
+        feature_errors: by step that made it faster, how far its features are then off, where that
+            was measured.
     """
 
     def __init__(
@@ -118,7 +121,9 @@ class Teacher(nn.Module):
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         self.seen: Counter[tuple[int, int]] = Counter()
+        self.feature_errors: dict[str, float] = {}
         self._flops: dict[tuple[int, int], int] = {}
+        self._counted: list[nn.Module] = []  # in a list: no part of this module
         self.eval()
 
     @property
@@ -185,10 +190,19 @@ class Teacher(nn.Module):
         size = (height, width)
         if size not in self._flops:
             try:
-                self._flops[size] = _count_flops(self.tower, height, width, self.dtype)
+                hollow = self._counted[0] if self._counted else _hollow(self.tower)
+                self._flops[size] = _count_flops(hollow, height, width)
             except RuntimeError:
                 return None
         return self._flops[size]
+
+    def count_as_is(self) -> None:
+        """From now on `flops` counts the tower as it is at this moment.
+
+        For a tower that is about to be changed in a way that hides its products: by fused
+        operators, quantised weights, a compiler.
+        """
+        self._counted[:] = [_hollow(self.tower)]
 
     def _check(self, images: Tensor) -> tuple[int, int]:
         if not isinstance(images, Tensor):
@@ -224,18 +238,23 @@ class Teacher(nn.Module):
         return f"{self.spec}, dtype={self.dtype}"
 
 
-@torch.no_grad()
-def _count_flops(tower: nn.Module, height: int, width: int, dtype: torch.dtype) -> int:
-    # A copy whose weights have shapes only: what deepcopy finds in its memo it does not copy.
+def _hollow(tower: nn.Module) -> nn.Module:
+    """A copy whose weights have shapes only: what deepcopy finds in its memo it does not copy."""
     memo: dict[int, object] = {}
     for value in (*tower.parameters(), *tower.buffers()):
         shape = torch.empty_like(value, device="meta")
         memo[id(value)] = (
             nn.Parameter(shape, requires_grad=False) if isinstance(value, nn.Parameter) else shape
         )
-    hollow = copy.deepcopy(tower, memo)
+    return copy.deepcopy(tower, memo)
+
+
+@torch.no_grad()
+def _count_flops(hollow: nn.Module, height: int, width: int) -> int:
+    weight = next(hollow.parameters(), torch.empty(()))
+    images = torch.empty(1, 3, height, width, dtype=weight.dtype, device="meta")
     with FlopCounterMode(display=False) as counter:
-        hollow(torch.empty(1, 3, height, width, dtype=dtype, device="meta"))
+        hollow(images)
     return counter.get_total_flops()
 
 
@@ -247,8 +266,17 @@ def weights_hash(teacher: Teacher) -> str:
     digest = hashlib.sha256()
     for key, value in sorted(teacher.state_dict().items()):
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        for part in _plain(value.detach()):
+            digest.update(part.cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _plain(value: Tensor) -> list[Tensor]:
+    """A tensor, or what a quantised weight is made of."""
+    if not is_traceable_wrapper_subclass(value):
+        return [value]
+    names, _ = value.__tensor_flatten__()
+    return [part for name in names for part in _plain(getattr(value, name))]
 
 
 def as_grid(tokens: Tensor, images: Tensor, patch_size: int) -> Tensor:

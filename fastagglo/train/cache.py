@@ -13,7 +13,7 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastagglo import interop
 from fastagglo.data import GroupViews
 from fastagglo.data.fixed import stack_features
 from fastagglo.errors import UserError
@@ -30,6 +31,7 @@ from fastagglo.teachers import Teacher, TeacherSpec, base, teacher_files, weight
 from fastagglo.train.config import RunConfig, TeacherSettings
 from fastagglo.train.feature_store import FeatureStore, relative_error
 from fastagglo.train.targets import load_one_teacher, teacher_features
+from fastagglo.train.teacher_speed import Sample
 
 FORMAT = 1
 """Counted up when entries of before must not be used: it is part of every identity."""
@@ -59,12 +61,18 @@ class LazyTeacher:
         spec: what it takes and gives.
         device: where it will live.
         load: makes it.
+        feature_errors: as `Teacher.feature_errors`, measured when it was last loaded.
     """
 
     def __init__(
-        self, spec: TeacherSpec, device: torch.device, load: Callable[[], Teacher]
+        self,
+        spec: TeacherSpec,
+        device: torch.device,
+        load: Callable[[], Teacher],
+        feature_errors: dict[str, float] | None = None,
     ) -> None:
         self.spec, self.device, self._load = spec, device, load
+        self.feature_errors = feature_errors or {}
         self.teacher: Teacher | None = None
 
     @property
@@ -107,6 +115,7 @@ class FeatureCache:
         device: where the teachers live.
         strict: a shard that cannot be written is an error; else it is a warning, and the end of
             storing.
+        sample: for `load_one_teacher`.
 
     Attributes:
         teachers: by name, in the recipe's order. One whose files are known here is not loaded
@@ -121,8 +130,14 @@ class FeatureCache:
         UserError: the folder cannot be used, or a teacher cannot be loaded.
     """
 
-    def __init__(self, config: RunConfig, device: torch.device, strict: bool = False) -> None:
-        self.config, self.device, self.strict = config, device, strict
+    def __init__(
+        self,
+        config: RunConfig,
+        device: torch.device,
+        strict: bool = False,
+        sample: Sample | None = None,
+    ) -> None:
+        self.config, self.device, self.strict, self.sample = config, device, strict, sample
         self.folder = Path(config.cache.folder or "").expanduser()
         self.store = config.cache.store
         self._check_folder()
@@ -302,14 +317,14 @@ class FeatureCache:
         """A teacher, loaded only if its files are not known here; its dtype and identity."""
 
         def load() -> Teacher:
-            return load_one_teacher(name, settings, self.device)
+            return load_one_teacher(name, settings, self.device, self.sample)
 
         key = _files_key(settings)
         note = None if key is None else self.folder / _KNOWN / f"{key}.json"
         if note is not None and (known := _read_note(note)) is not None:
             spec = TeacherSpec(name=name, **known["spec"])
             return (
-                LazyTeacher(spec, self.device, load),
+                LazyTeacher(spec, self.device, load, known.get("feature_errors", {})),
                 getattr(torch, known["dtype"]),
                 known["identity"],
             )
@@ -321,7 +336,13 @@ class FeatureCache:
             del spec["name"]
             _write_note(
                 note,
-                {"identity": identity, "dtype": dtype, "spec": spec, **_described(settings)},
+                {
+                    "identity": identity,
+                    "dtype": dtype,
+                    "spec": spec,
+                    "feature_errors": teacher.feature_errors,
+                    **_described(settings),
+                },
             )
         return teacher, teacher.dtype, identity
 
@@ -344,11 +365,16 @@ def teacher_identity(teacher: Teacher, settings: TeacherSettings) -> str:
 def _described(settings: TeacherSettings) -> dict[str, Any]:
     """The settings that change what a teacher says of a view."""
     package = _PACKAGES[settings.source]
-    try:
-        release = version(package)
-    except PackageNotFoundError:
-        release = "not installed"
-    return {
+    speed: dict[str, Any] = {}
+    if settings.keep_float32:
+        speed["keep_float32"] = sorted(settings.keep_float32)
+    if settings.patch:
+        speed["patch"] = _digest(Path(interop.__file__).parent.glob("*.py"))
+    if settings.quantise != "none":
+        speed["quantise"] = f"{settings.quantise} {_release('torchao')}"
+    if settings.compile:
+        speed["compile"] = torch.__version__
+    return speed | {
         "format": FORMAT,
         "source": settings.source,
         "model": settings.model,
@@ -356,7 +382,7 @@ def _described(settings: TeacherSettings) -> dict[str, Any]:
         "dtype": settings.dtype,
         "mosaic": settings.mosaic,
         "summary": settings.summary_weight > 0,
-        "package": f"{package} {release}",
+        "package": f"{package} {_release(package)}",
         "code": _code(settings.source),
     }
 
@@ -365,10 +391,21 @@ def _described(settings: TeacherSettings) -> dict[str, Any]:
 def _code(source: str) -> str:
     """Digest of our own code around a library's model, which has no weights to tell it by."""
     folder = Path(base.__file__).parent
+    return _digest(folder / name for name in ("base.py", "precision.py", *_CODE[source]))
+
+
+def _digest(files: Iterable[Path]) -> str:
     found = hashlib.blake2b(digest_size=16)
-    for name in ("base.py", *_CODE[source]):
-        found.update((folder / name).read_bytes())
+    for path in sorted(files):
+        found.update(path.read_bytes())
     return found.hexdigest()
+
+
+def _release(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def _files_key(settings: TeacherSettings) -> str | None:

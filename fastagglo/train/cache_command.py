@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -28,6 +29,7 @@ from fastagglo.train.inputs import crop_stream, load_split
 from fastagglo.train.recipe import parse_arguments
 from fastagglo.train.schedule import Planner
 from fastagglo.train.targets import teacher_features
+from fastagglo.train.teacher_speed import report_of, sample_of
 
 # How far features made again may be from the stored ones (see `relative_error`): other batches
 # and other machines round otherwise, a little in float32, more in half precision and in int8.
@@ -93,14 +95,16 @@ class CacheWork:
     def __init__(self, config: RunConfig, device: torch.device) -> None:
         self.config, self.device = config, device
         self.rank, self.world = rank_and_world()
-        self.cache = FeatureCache(config, device, strict=True)
+        data = cache(lambda: load_split(config))
+        sample = sample_of(config, lambda: data().train)
+        self.cache = FeatureCache(config, device, strict=True, sample=sample)
         planner = Planner(
             config,
             {name: teacher.spec for name, teacher in self.cache.teachers.items()},
             config.student.patch_size or preset(config.student.preset).patch_size,
         )
         self.plans = planner.crop_plans()
-        self.data = load_split(config)
+        self.data = data()
         self.photos = range(self.rank, len(self.data.train), self.world)
         self._planner = planner
 
@@ -109,6 +113,8 @@ class CacheWork:
         config, cache = self.config, self.cache
         if not cache.store:
             raise UserError("setting cache.store is false: to build the cache it must be true")
+        for line in report_of((n, t.feature_errors) for n, t in cache.teachers.items()):
+            say(line)
         for store in cache.stores.values():
             store.sweep()
         say(

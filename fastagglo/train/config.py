@@ -92,6 +92,14 @@ class TeacherSettings:
     """Builtin teachers: the feature map to learn, e.g. stride16."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """The type the teacher runs in."""
+    keep_float32: tuple[str, ...] = ()
+    """Modules that stay in float32 all the same, by name or pattern, e.g. "*.norm2"."""
+    patch: bool = False
+    """Run its self-attention on fastagglo's packed attention."""
+    quantise: Literal["none", "int8", "fp8"] = "none"
+    """Weights of its linear layers in eight bits, by torchao; the error is reported first."""
+    compile: bool = False
+    """Run it through torch.compile."""
     sizes: tuple[int, ...] = ()
     """Input sizes in pixels, one drawn each step; none means the student's size times `scale`."""
     scale: float = 1.0
@@ -373,6 +381,12 @@ def check_config(config: RunConfig) -> None:
             )
         if teacher.spatial_loss == "angular":
             refuse(f"{here}.spatial_loss", "angular", "the angular loss is for summaries")
+        if teacher.keep_float32 and teacher.dtype == "float32":
+            refuse(
+                f"{here}.keep_float32",
+                teacher.keep_float32,
+                "with dtype = float32 all modules stay in it; leave it out",
+            )
         if teacher.scale == 0:
             refuse(f"{here}.scale", teacher.scale, "it must be above 0")
         if teacher.mosaic and config.distill.shift_std > 0 and len(teacher.sizes) > 1:

@@ -7,6 +7,7 @@ import random
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from fastagglo.train.recipe import save_config
 from fastagglo.train.schedule import Planner, eval_steps, learning_rate
 from fastagglo.train.student import build_student
 from fastagglo.train.targets import finite_teachers, load_teachers, teacher_features
+from fastagglo.train.teacher_speed import sample_of
 from fastagglo.train.telemetry import Telemetry
 from fastagglo.train.verdict import Verdict
 from fastagglo.train.work import StudentWork, measured_peak, teacher_flops
@@ -57,8 +59,13 @@ class Trainer:
         self.rank, self.world = rank_and_world()
         self.parallel = Parallel(config.distributed, device)
         torch.set_num_threads(config.threads or torch.get_num_threads())
-        self.cache = FeatureCache(config, device) if config.cache.folder else None
-        self.teachers = load_teachers(config, device) if self.cache is None else self.cache.teachers
+        data = cache(lambda: load_split(config))
+        sample = sample_of(config, lambda: data().train)
+        if config.cache.folder:
+            self.cache: FeatureCache | None = FeatureCache(config, device, sample=sample)
+            self.teachers = self.cache.teachers
+        else:
+            self.cache, self.teachers = None, load_teachers(config, device, sample)
         self._check_widths()
         _seed(config.seed, 0, 0)  # the student is the same whether teachers were built or not
         self.distiller = self._make_distiller().to(device)
@@ -86,7 +93,7 @@ class Trainer:
         if self.ema is not None:
             self.parallel.shard(self.ema.module, self.ema.module, half=half)
         self.optimiser = build_optimiser(student, self.distiller.balancer, config.optimiser)
-        self.data = load_split(config)
+        self.data = data()
         self.stream = crop_stream(
             config,
             self.data,
@@ -145,6 +152,12 @@ class Trainer:
                 parts = ("copied", "resized", "skipped", "untouched")
                 counts = {part: len(getattr(warm, part)) for part in parts}
                 self.telemetry.event("warm_start", step=0, **counts)
+            if self.step == 0:
+                for name, teacher in self.teachers.items():
+                    if teacher.feature_errors:
+                        self.telemetry.event(
+                            "teacher_error", step=0, teacher=name, **teacher.feature_errors
+                        )
             saved = -1
             while self.step < total and not self._stops():
                 self._one_step(batches)

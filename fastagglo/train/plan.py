@@ -331,7 +331,7 @@ def _memory(
             wide = BYTES[config.teachers[name].dtype]
             losses += here * rows * (spec.spatial or 0) * wide
             working = max(working, here * rows * _working(known.vit) * wide)
-    teachers = sum(s.vit.parameters * BYTES[config.teachers[n].dtype] for n, s in shapes.items())
+    teachers = sum(s.vit.parameters * _weight_bytes(config.teachers[n]) for n, s in shapes.items())
     return {
         "parameters": 4 * count + (2 * count if bf16 else 0),
         "gradients": 4 * count * (2 if gpus > 1 else 1),  # DDP's buckets are a copy
@@ -342,6 +342,10 @@ def _memory(
         "activations": activations,
         "predictions and targets": losses,
     }
+
+
+def _weight_bytes(settings: TeacherSettings) -> int:
+    return 1 if settings.quantise != "none" else BYTES[settings.dtype]
 
 
 def _working(vit: VitShape) -> int:

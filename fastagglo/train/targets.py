@@ -12,25 +12,48 @@ from fastagglo.distill import mosaic
 from fastagglo.features import Features
 from fastagglo.teachers import Teacher, load_teacher
 from fastagglo.train.config import RunConfig, TeacherSettings
+from fastagglo.train.teacher_speed import Sample, changes_features, speed_up
 
 
-def load_teachers(config: RunConfig, device: torch.device) -> dict[str, Teacher]:
-    """Build every teacher of a run, in the recipe's order."""
-    return {n: load_one_teacher(n, t, device) for n, t in config.teachers.items()}
+def load_teachers(
+    config: RunConfig, device: torch.device, sample: Sample | None = None
+) -> dict[str, Teacher]:
+    """Build every teacher of a run, in the recipe's order; see `load_one_teacher`."""
+    return {n: load_one_teacher(n, t, device, sample) for n, t in config.teachers.items()}
 
 
-def load_one_teacher(name: str, settings: TeacherSettings, device: torch.device) -> Teacher:
-    """Build the teacher that a recipe calls ``name``."""
-    return load_teacher(
+def load_one_teacher(
+    name: str, settings: TeacherSettings, device: torch.device, sample: Sample | None = None
+) -> Teacher:
+    """Build the teacher that a recipe calls ``name``, in the type and as fast as it asks for.
+
+    Args:
+        name: in the recipe.
+        settings: of the teacher.
+        device: where it lives.
+        sample: photographs to measure by how much its features change for that
+            (``feature_errors``), or None to measure nothing.
+
+    Raises:
+        UserError: it cannot be loaded, or a setting is impossible for it.
+    """
+    changes = changes_features(settings)
+    # What is measured, or has islands of float32, is loaded in float32 first.
+    whole = changes and (sample is not None or bool(settings.keep_float32))
+    teacher = load_teacher(
         settings.source,
         settings.model,
         name=name,
         checkpoint=settings.checkpoint,
         layer=settings.layer,
-        dtype=getattr(torch, settings.dtype),
+        dtype=torch.float32 if whole else getattr(torch, settings.dtype),
         device=device,
         summary=settings.summary_weight > 0,
     )
+    if changes:
+        images = None if sample is None else sample(teacher.spec, settings).to(device)
+        speed_up(name, teacher, settings, images)
+    return teacher
 
 
 def teacher_features(
