@@ -159,12 +159,30 @@ def rank_of_distiller(rank: int, folder: Path) -> None:
         gradients = {name: whole(g) for name, g in found["gradients"].items()}
         return found | {"gradients": gradients}
 
+    def accumulated(strategy: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Gradients after the first of two equal micro-steps, and after both."""
+        parallel = Parallel(DistributedSettings(strategy=strategy), torch.device("cpu"))
+        distiller = make_distiller()
+        batch, targets, shifts, average = data((rank,))
+        distiller.observe(targets)
+        distiller.refresh(settle=True)
+        parallel.shard(distiller, distiller.student)
+        module = parallel.wrap(distiller)
+        found = []
+        for last in (False, True):
+            with parallel.micro_step(module, last=last):
+                module(batch, targets, shifts, **average).total.backward()
+            given = {n: p.grad for n, p in distiller.named_parameters() if p.grad is not None}
+            found.append({name: whole(grad).clone() for name, grad in given.items()})
+        return found[0], found[1]
+
     found = on_ranks("ddp") | {"gathered": gathered(rank)}
     found["alone"] = step((rank,), lambda distiller: distiller)  # not averaged
     for strategy in ("ddp", "fsdp2"):
         found[strategy] = on_ranks(strategy)
         found[strategy, "tail"] = on_ranks(strategy, TAIL)
         found[strategy, "bfloat16"] = on_ranks(strategy, reduce="bfloat16")
+        found[strategy, "accumulated"] = accumulated(strategy)
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -394,6 +412,22 @@ class TestStep:
             mean = (ranks[0][loss] + ranks[1][loss]) / 2
             torch.testing.assert_close(mean, joined[loss], rtol=1e-5, atol=0)
         assert joined["mesa"] > 0.1
+
+    @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+    def test_gradients_travel_with_the_last_micro_step(
+        self, both: list[dict[str, Any]], strategy: str
+    ) -> None:
+        for rank in both:
+            first, second = rank[strategy, "accumulated"]
+            if strategy == "fsdp2":
+                assert not first  # still whole, beside the shards
+            else:
+                alone = rank["alone"]["gradients"]
+                assert first.keys() == alone.keys()
+                for name, gradient in first.items():
+                    torch.testing.assert_close(gradient, alone[name], rtol=1e-12, atol=1e-14)
+            for name, gradient in rank[strategy]["gradients"].items():
+                torch.testing.assert_close(second[name], 2 * gradient, rtol=1e-12, atol=1e-14)
 
     @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
     def test_reduction_in_bfloat16(self, both: list[dict[str, Any]], strategy: str) -> None:
