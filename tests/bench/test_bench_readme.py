@@ -51,7 +51,7 @@ def test_commands_of_the_others(module: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_every_command_is_looked_at() -> None:
-    others = ("static", "peers_attention", "merge_quality", "tome", "step")
+    others = ("static", "peers_attention", "merge_quality", "ranks", "tome", "step")
     looked = [*commands("python -m bench"), *commands("pytest")]
     looked += [words for name in others for words in commands(f"python -m bench.{name}")]
     lines = re.findall(r"^```sh\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
