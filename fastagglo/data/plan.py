@@ -93,11 +93,14 @@ class StepPlan:
             The data do not use it: it rides along to the student.
         start: number, over the whole run and all ranks, of the first image. None: as many images
             on every rank in every step so far, which the data then count.
+        capacity, max_images: of the student's packed batch, or None; they ride along too.
     """
 
     groups: tuple[GroupPlan, ...]
     window: int | None = None
     start: int | None = None
+    capacity: int | None = None
+    max_images: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "groups", tuple(self.groups))

@@ -26,7 +26,8 @@ from fastagglo.distill.ema import mesa_loss, mesa_weight
 from fastagglo.distill.phi_s import PhiS
 from fastagglo.errors import UserError
 from fastagglo.features import Features
-from fastagglo.model import AdaptorMLP, PackedBatch, Student, StudentOutput
+from fastagglo.model import AdaptorMLP, PackedBatch, Student, StudentOutput, run_budget
+from fastagglo.model.budget import BudgetRun
 from fastagglo.ops import Affine, LossTerm, multi_teacher_loss, term_image_weights
 
 # Losses that give the same number when prediction and target are rotated together.
@@ -104,6 +105,10 @@ class Distiller(nn.Module):
         teacher_drop: per image, the probability of dropping each teacher but the one with the
             largest loss (UNIC, arXiv 2408.05088).
         mesa_weight: weight of the match to the average student (C-RADIOv4).
+
+    Attributes:
+        run: what computes the student's part of constant shapes, where a batch has a capacity;
+            see `fastagglo.model.run_budget`. Set it at will.
     """
 
     def __init__(
@@ -121,6 +126,7 @@ class Distiller(nn.Module):
         self.teacher_drop = teacher_drop
         self.mesa_weight = mesa_weight
         self.balancer = make_balancer(balance, list(matching))
+        self.run: BudgetRun = run_budget
         self.bases = nn.ModuleDict()
         self.fitting = nn.ModuleDict()
         self.dispersions = nn.ModuleDict()
@@ -270,7 +276,8 @@ class Distiller(nn.Module):
             average: output of the average student, for MESA.
             average_shifts: for each group, the offsets of its views from the student's.
         """
-        output = self.student(batch, rotations=self._folded_rotations(), window=window)
+        rotations = self._folded_rotations(always=batch.capacity is not None)
+        output = self.student(batch, rotations=rotations, window=window, run=self.run)
         mesa = None
         if average is not None:
             mesa = (output.backbone.spatial, average.backbone.spatial, average_shifts)
@@ -319,11 +326,14 @@ class Distiller(nn.Module):
             student.heads.spatial[name].fold_affine_(basis.mean, basis.scale, rotation)
         return student
 
-    def _folded_rotations(self) -> dict[str, Tensor]:
+    def _folded_rotations(self, always: bool) -> dict[str, Tensor]:
+        """Rotations that the heads' last weights take in; ``always``: identities before there are
+        any, so that a compiled student need not be compiled again when there are."""
         return {
             name: basis.rotation
             for name, basis in self.bases.items()
-            if basis.settled and self.matching[name].spatial_loss in ROTATION_FREE
+            if (basis.settled or (always and self.matching[name].normaliser == "phi-s"))
+            and self.matching[name].spatial_loss in ROTATION_FREE
         }
 
     def _normaliser(self, name: str) -> Affine | None:

@@ -56,6 +56,8 @@ class StudentSettings:
     """Folder of a saved student, or a RADIO checkpoint, whose trunk and heads are the start."""
     checkpoint_blocks: bool = False
     """Recompute each block's activations in the backward pass, to save memory."""
+    compile: bool = False
+    """Compile the student by torch.compile, once for all mixes; needs `tokens` in every stage."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +181,9 @@ class StageSettings:
     steps: int = 100
     groups: tuple[GroupSettings, ...] = (GroupSettings(),)
     """The resolutions that are mixed in each step's batch."""
+    tokens: int = 0
+    """Fill so many student tokens a step, over all ranks and micro-steps: the groups' `images` are
+    then proportions, and the student's shapes constant. 0 counts images."""
     lr: float = 1e-3
     """Peak learning rate."""
     warmup_steps: int = 0
@@ -411,6 +416,13 @@ def check_config(config: RunConfig) -> None:
         in_range(f"{here}.lr", stage.lr, 0)
         if stage.lr == 0:
             refuse(f"{here}.lr", stage.lr, "it must be above 0")
+        in_range(f"{here}.tokens", stage.tokens, 0)
+        if config.student.compile and not stage.tokens:
+            refuse(
+                f"{here}.tokens",
+                0,
+                "student.compile needs constant shapes; give a number of tokens for every stage",
+            )
         if not stage.groups:
             refuse(f"{here}.groups", (), "a stage needs at least one group of images")
         for number, group in enumerate(stage.groups):

@@ -23,6 +23,7 @@ from fastagglo.model import PackedBatch, WarmStart, save_student, warm_start
 from fastagglo.ops.sharded import whole
 from fastagglo.teachers import Teacher
 from fastagglo.train import run_folder
+from fastagglo.train.budget import compiled_run
 from fastagglo.train.cache import FeatureCache
 from fastagglo.train.checkpoint import FORMAT, damaged, load_checkpoint, save_checkpoint
 from fastagglo.train.config import EMA_VIEW, RunConfig, TeacherSettings
@@ -77,6 +78,8 @@ class Trainer:
             self.world,
             self.rank,
         )
+        if config.student.compile:
+            self.distiller.run = compiled_run()
         self.warm_start: WarmStart | None = None
         if config.student.init and resume is None:
             source = Path(config.student.init)
@@ -261,7 +264,8 @@ class Trainer:
 
     def _forward(self, batch: TrainBatch, targets: list[dict[str, Features]]) -> DistillOutput:
         config, window = self.config, batch.plan.window
-        packed = PackedBatch.from_images([group.student for group in batch.groups])
+        limits = batch.plan.capacity, batch.plan.max_images
+        packed = PackedBatch.from_images([group.student for group in batch.groups], *limits)
         average = average_shifts = None
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=config.optimiser.precision == "bf16"
@@ -270,8 +274,10 @@ class Trainer:
                 views = [g.teachers.get(EMA_VIEW, g.student) for g in batch.groups]
                 average_shifts = [g.shifts.get(EMA_VIEW) for g in batch.groups]
                 with torch.no_grad():
-                    views = PackedBatch.from_images(views)
-                    average = self.ema.module(views, window=window, only=())  # no heads
+                    views = PackedBatch.from_images(views, *limits)
+                    # No heads.
+                    run = self.distiller.run
+                    average = self.ema.module(views, window=window, only=(), run=run)
             return self._module(
                 packed,
                 targets,

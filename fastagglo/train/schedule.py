@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import operator
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -20,6 +20,7 @@ from fastagglo.errors import UserError
 from fastagglo.model.config import preset
 from fastagglo.teachers import TeacherSpec
 from fastagglo.train.assignment import idle_share, spread
+from fastagglo.train.budget import fill, image_tokens, stage_budgets
 from fastagglo.train.config import EMA_VIEW, RunConfig
 from fastagglo.train.costs import ImageCosts
 
@@ -66,9 +67,9 @@ class Planner:
         rank: the one to plan for.
 
     Raises:
-        UserError: a step has fewer images than ranks and micro-steps; a resolution is no multiple
-            of the student's patch; no window divides the images of any stage; a teacher does not
-            accept a size.
+        UserError: a step has fewer images than ranks and micro-steps; an image does not fit a
+            stage's tokens; a resolution is no multiple of the student's patch; no window divides
+            the images of any stage; a teacher does not accept a size.
     """
 
     def __init__(
@@ -93,7 +94,8 @@ class Planner:
                 )
         self.shares = world * config.optimiser.accumulate
         for index, stage in enumerate(config.stages):
-            if (images := sum(group.images for group in stage.groups)) < self.shares:
+            images = sum(group.images for group in stage.groups)
+            if images < self.shares and not stage.tokens:
                 raise UserError(
                     f"setting stages.{index}.groups has {images} images a step: give at least "
                     f"{self.shares}, one for each rank and micro-step (ranks x "
@@ -105,6 +107,9 @@ class Planner:
                     self._check_student_size(f"{here}.sizes", size)
         for size in config.eval.sizes:
             self._check_student_size("eval.sizes", size)
+        self.budgets = stage_budgets(config, patch_size, self.shares)
+        # Of stages with tokens, images before each of their steps, as far as they were asked for.
+        self._filled = [array("q", [0]) for _ in config.stages]
         self._check_windows()
         for size in {
             *self.eval_sizes(),
@@ -124,7 +129,14 @@ class Planner:
             if count
         )
         earlier = int(whole.counts.sum(axis=0).ravel()[: micro * self.world + self.rank].sum())
-        return StepPlan(groups, whole.window, self._images_before(step) + earlier)
+        budget = self.budgets[self.config.stage_at(step)[0]]
+        return StepPlan(
+            groups,
+            whole.window,
+            start=self._images_before(step) + earlier,
+            capacity=None if budget is None else budget.capacity,
+            max_images=None if budget is None else budget.max_images,
+        )
 
     def whole(self, step: int) -> WholeStep:
         """What all ranks do together in an optimiser step, and who takes which images."""
@@ -134,33 +146,55 @@ class Planner:
 
     def _whole(self, step: int) -> WholeStep:
         config = self.config
-        stage = config.stages[config.stage_at(step)[0]]
-        rng = np.random.default_rng((config.seed, step, 0x5EED))
-        sizes = [int(rng.choice(group.sizes)) for group in stage.groups]
+        sizes, images, rng = self._images(step)
         draws = {name: rng.random() for name in self.specs}
         groups = tuple(
-            self._group(size, group.images, draws, config.distill.shift_std)
-            for size, group in zip(sizes, stage.groups, strict=True)
+            self._group(size, count, draws, config.distill.shift_std)
+            for size, count in zip(sizes, images, strict=True)
         )
         window = self._window(sizes, rng)
         shape = (len(groups), config.optimiser.accumulate, self.world)
-        images = np.array([group.count for group in groups])
-        if not (images % self.shares).any():
-            each = (images // self.shares)[:, None, None]
+        if not any(count % self.shares for count in images):
+            each = (np.array(images) // self.shares)[:, None, None]
             return WholeStep(groups, window, np.broadcast_to(each, shape), 0.0)
         if self._costs is None:
             self._costs = ImageCosts(config, self.specs)
         costs = [self._costs(group, window) for group in groups]
         bins = [range(self.shares)] * len(groups)
-        counts = spread(costs, images.tolist(), bins, self.shares).reshape(shape)
+        counts = spread(costs, images, bins, self.shares).reshape(shape)
         idle = idle_share(np.einsum("gmr,g->mr", counts, costs))
         return WholeStep(groups, window, counts, idle)
 
+    def _images(self, step: int) -> tuple[list[int], list[int], np.random.Generator]:
+        """Size and images of each group over all ranks, and what draws the rest of the step."""
+        index = self.config.stage_at(step)[0]
+        stage, budget = self.config.stages[index], self.budgets[index]
+        rng = np.random.default_rng((self.config.seed, step, 0x5EED))
+        sizes = [int(rng.choice(group.sizes)) for group in stage.groups]
+        images = [group.images for group in stage.groups]
+        if budget is not None:
+            lengths = [image_tokens(self.config, size, self.patch_size) for size in sizes]
+            rounding = np.random.default_rng((self.config.seed, step, 0xF177))
+            # Every rank and micro-step is filled alike.
+            each = fill(lengths, images, budget.capacity, rounding)
+            images = [count * self.shares for count in each]
+        return sizes, images, rng
+
     def _images_before(self, step: int) -> int:
         index, within = self.config.stage_at(step)
-        steps = [stage.steps for stage in self.config.stages[:index]] + [within]
-        each = [sum(group.images for group in stage.groups) for stage in self.config.stages]
-        return sum(map(operator.mul, steps, each))
+        total = first = 0
+        for number, stage in enumerate(self.config.stages[: index + 1]):
+            steps = within if number == index else stage.steps
+            if self.budgets[number] is None:
+                total += steps * sum(group.images for group in stage.groups)
+            else:
+                filled = self._filled[number]
+                while len(filled) <= steps:
+                    images = self._images(first + len(filled) - 1)[1]
+                    filled.append(filled[-1] + sum(images))
+                total += filled[steps]
+            first += stage.steps
+        return total
 
     def eval_sizes(self) -> tuple[int, ...]:
         """Student resolutions of the held-out figures, ascending."""
