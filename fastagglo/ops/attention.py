@@ -327,6 +327,7 @@ def _forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     if tile_rows == 0:
+        _refuse_capture(q)
         return attention_torch.forward(q, k, v, key_bias, segments, scale)
     q, k, v = map(_readable, (q, k, v))
     return kernel.forward(q, k, v, key_bias, segments, tile_rows, scale)
@@ -348,6 +349,7 @@ def _backward(
     fused: bool,
 ) -> tuple[Tensor, Tensor]:
     if tile_rows == 0:
+        _refuse_capture(q)
         return attention_torch.backward(
             grad_out, q, k, v, key_bias, segments, out, lse, scale, bias_grad, fused
         )
@@ -358,6 +360,14 @@ def _backward(
         bias_grad=bias_grad,
         fused=fused,
     )
+
+
+def _refuse_capture(q: Tensor) -> None:
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "packed_attention: the backend 'torch' reads the layout on the host, and a CUDA graph "
+            f"would keep this one for ever; {_why_not_triton(q) or "use the backend 'triton'"}"
+        )
 
 
 def _readable(x: Tensor) -> Tensor:

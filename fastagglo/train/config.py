@@ -58,6 +58,8 @@ class StudentSettings:
     """Recompute each block's activations in the backward pass, to save memory."""
     compile: bool = False
     """Compile the student by torch.compile, once for all mixes; needs `tokens` in every stage."""
+    graphs: bool = False
+    """Replay the student's step as a CUDA graph, on one GPU; needs `tokens` in every stage."""
 
 
 @dataclass(frozen=True)
@@ -417,12 +419,13 @@ def check_config(config: RunConfig) -> None:
         if stage.lr == 0:
             refuse(f"{here}.lr", stage.lr, "it must be above 0")
         in_range(f"{here}.tokens", stage.tokens, 0)
-        if config.student.compile and not stage.tokens:
-            refuse(
-                f"{here}.tokens",
-                0,
-                "student.compile needs constant shapes; give a number of tokens for every stage",
-            )
+        for setting in ("compile", "graphs"):
+            if getattr(config.student, setting) and not stage.tokens:
+                refuse(
+                    f"{here}.tokens",
+                    0,
+                    f"student.{setting} needs constant shapes; give every stage a number of tokens",
+                )
         if not stage.groups:
             refuse(f"{here}.groups", (), "a stage needs at least one group of images")
         for number, group in enumerate(stage.groups):
@@ -509,6 +512,13 @@ def check_config(config: RunConfig) -> None:
     if config.distill.mesa_weight > 0 and config.distill.ema_decay == 0:
         refuse(
             "distill.mesa_weight", config.distill.mesa_weight, "it needs distill.ema_decay above 0"
+        )
+    if config.student.compile and config.distributed.strategy == "fsdp2":
+        refuse(
+            "student.compile",
+            True,
+            "with distributed.strategy fsdp2 weights come and go while the student runs, which the "
+            "compiled one does not know; use strategy ddp or set it to false",
         )
     shard = config.distributed.shard
     in_range("distributed.shard", shard, 0)

@@ -30,6 +30,7 @@ from fastagglo.train.config import EMA_VIEW, RunConfig, TeacherSettings
 from fastagglo.train.distributed import all_agree, is_main, rank_and_world
 from fastagglo.train.evaluation import HeldOut, write_outcome
 from fastagglo.train.gpu_meter import GpuMeter
+from fastagglo.train.graphs import GraphedRun, check_graphs, own_gradients
 from fastagglo.train.inputs import crop_stream, load_split
 from fastagglo.train.optim import build_optimiser, forget, set_learning_rate
 from fastagglo.train.parallel import Parallel
@@ -80,6 +81,9 @@ class Trainer:
         )
         if config.student.compile:
             self.distiller.run = compiled_run()
+        if config.student.graphs:
+            check_graphs(device, self.world)
+            self.distiller.run = GraphedRun(self.distiller.run)
         self.warm_start: WarmStart | None = None
         if config.student.init and resume is None:
             source = Path(config.student.init)
@@ -184,7 +188,10 @@ class Trainer:
         self._enter(step)
         rate = learning_rate(config, step)
         set_learning_rate(self.optimiser, rate)
-        self.optimiser.zero_grad(set_to_none=True)
+        if config.student.graphs and micro_steps > 1:
+            own_gradients(self.distiller.parameters())
+        else:
+            self.optimiser.zero_grad(set_to_none=True)
         losses: dict[str, Tensor] = {}
         flops = {"student": 0, "teachers": 0}
         verdict = Verdict(list(self.teachers), self.device)
