@@ -364,9 +364,10 @@ def _backward(
 
 def _refuse_capture(q: Tensor) -> None:
     if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        hint = _why_not_triton(q) or "use the backend 'triton'"
         raise RuntimeError(
             "packed_attention: the backend 'torch' reads the layout on the host, and a CUDA graph "
-            f"would keep this one for ever; {_why_not_triton(q) or "use the backend 'triton'"}"
+            f"would keep this one for ever; {hint}"
         )
 
 

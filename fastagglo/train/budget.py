@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -102,13 +103,26 @@ def compiled_run() -> BudgetRun:
     return torch.compile(run_budget, fullgraph=True, dynamic=False)
 
 
-def mean_images(stage: StageSettings, config: RunConfig, patch_size: int) -> list[float]:
-    """Images of each group of a stage in a step, over all ranks: a mean over the draws of sizes."""
+def mean_images(
+    stage: StageSettings, config: RunConfig, patch_size: int, largest: bool = False
+) -> list[float]:
+    """Images of each group of a stage in a step, over all ranks and micro-steps.
+
+    Args:
+        stage: of the run ``config``.
+        patch_size: of the student, in pixels.
+        largest: where all draw their largest size, instead of a mean over the draws.
+    """
     if not stage.tokens:
         return [float(group.images) for group in stage.groups]
-    # The mean of the quotient, nearly: budgets hold many images.
-    tokens = [
-        group.images * float(np.mean([image_tokens(config, s, patch_size) for s in group.sizes]))
-        for group in stage.groups
+    sizes = [[max(group.sizes)] if largest else group.sizes for group in stage.groups]
+    draws = itertools.islice(itertools.product(*sizes), 4096)
+    totals = [
+        sum(
+            group.images * image_tokens(config, size, patch_size)
+            for group, size in zip(stage.groups, draw, strict=True)
+        )
+        for draw in draws
     ]
-    return [group.images * stage.tokens / sum(tokens) for group in stage.groups]
+    scale = stage.tokens * float(np.mean([1 / total for total in totals]))
+    return [group.images * scale for group in stage.groups]

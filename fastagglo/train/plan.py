@@ -16,6 +16,7 @@ import torch
 from fastagglo.errors import UserError, suggestion
 from fastagglo.model import Student, StudentConfig
 from fastagglo.model.cost import VitShape, activation_bytes, student_flops
+from fastagglo.train.budget import mean_images
 from fastagglo.train.config import GroupSettings, RunConfig, TeacherSettings
 from fastagglo.train.costs import teacher_view_flops
 from fastagglo.train.schedule import Planner
@@ -192,7 +193,8 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, assumptions: Assumptions) 
             raise UserError(f"--{name} must be above 0{limit}, got {value:g}")
     shapes = {n: SHAPES[t.model] for n, t in config.teachers.items() if t.model in SHAPES}
     student = _student(config)
-    least = min(sum(group.images for group in stage.groups) for stage in config.stages)
+    counted = [stage.groups for stage in config.stages if not stage.tokens]
+    least = min((sum(group.images for group in groups) for groups in counted), default=math.inf)
     planner = Planner(
         config,
         known_specs(config),
@@ -251,17 +253,18 @@ def _stage(
     shapes: dict[str, TeacherShape], planner: Planner, gpus: int, gpu: Gpu, given: Assumptions,
 ) -> StagePlan:  # fmt: skip
     stage, shape = config.stages[index], student.config
-    images = sum(group.images for group in stage.groups)
+    counts = mean_images(stage, config, shape.patch_size)
+    images, groups = sum(counts), list(zip(counts, stage.groups, strict=True))
     trunk = heads = 0.0
-    for group in stage.groups:
-        trunk += group.images * _mean(group, lambda s: _trunk_flops(config, shape, s))
-        heads += group.images * _mean(group, lambda s: student_flops(shape, s, s)[1])
+    for count, group in groups:
+        trunk += count * _mean(group, lambda s: _trunk_flops(config, shape, s))
+        heads += count * _mean(group, lambda s: student_flops(shape, s, s)[1])
     teachers = []
     for name, known in shapes.items():
         settings = config.teachers[name]
         flops = sum(
-            group.images * _mean(group, lambda s: _teacher_flops(settings, known, s, planner, name))  # noqa: B023
-            for group in stage.groups
+            count * _mean(group, lambda s: _teacher_flops(settings, known, s, planner, name))  # noqa: B023
+            for count, group in groups
         )
         teachers.append(TeacherCost(name, known.vit.parameters, flops / images))
     rate = gpus * gpu.tflops * 1e12 * given.utilisation
@@ -284,7 +287,7 @@ def _stage(
     return StagePlan(
         stage.name,
         stage.steps,
-        images,
+        round(images),
         trunk / images,
         heads / images,
         tuple(teachers),
@@ -313,8 +316,12 @@ def _memory(
     bf16 = config.optimiser.precision == "bf16"
     shares = gpus * config.optimiser.accumulate
     activations = losses = working = 0
-    for group in config.stages[index].groups:
-        here, size = -(-group.images // shares), max(group.sizes)
+    stage = config.stages[index]
+    counts = mean_images(stage, config, shape.patch_size, largest=True)
+    for images, group in zip(counts, stage.groups, strict=True):
+        here, size = images / shares, max(group.sizes)
+        if not stage.tokens:
+            here = math.ceil(here)
         activations += here * activation_bytes(
             shape, size, size, bf16=bf16, checkpoint_blocks=config.student.checkpoint_blocks
         )
@@ -338,9 +345,9 @@ def _memory(
         "optimiser": 8 * count,
         "average student": 4 * count if config.distill.ema_decay else 0,
         "teachers": teachers,
-        "teachers at work": working,
-        "activations": activations,
-        "predictions and targets": losses,
+        "teachers at work": round(working),
+        "activations": round(activations),
+        "predictions and targets": round(losses),
     }
 
 

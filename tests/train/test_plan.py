@@ -185,3 +185,29 @@ def test_more_gpus_than_images(capsys):
 def test_unknown_teachers_are_said(capsys):
     plan_command.main(["--recipe", "demo", "--gpus", "1"])
     assert "Left out, shape not known" in capsys.readouterr().out
+
+
+def test_images_of_stages_with_tokens():
+    """A budget of what the images take, and of half of it."""
+    config = load_recipe("radio-v2.5-b")
+    plain = make_plan(config, 8, "h100", Assumptions())
+    patch, prefix = 16, len(config.teachers) + config.student.registers
+    stages = []
+    for stage in config.stages:
+        lengths = [(max(group.sizes) // patch) ** 2 + prefix for group in stage.groups]
+        assert all(len(group.sizes) == 1 for group in stage.groups)
+        tokens = sum(n * g.images for n, g in zip(lengths, stage.groups, strict=True))
+        stages.append(dataclasses.replace(stage, tokens=tokens))
+    full = make_plan(dataclasses.replace(config, stages=tuple(stages)), 8, "h100", Assumptions())
+    halves = tuple(dataclasses.replace(stage, tokens=stage.tokens // 2) for stage in stages)
+    half = make_plan(dataclasses.replace(config, stages=halves), 8, "h100", Assumptions())
+    for one, same, less in zip(plain.stages, full.stages, half.stages, strict=True):
+        assert same.images == one.images
+        assert same.memory == one.memory
+        assert same.step_seconds == pytest.approx(one.step_seconds)
+        assert less.images == pytest.approx(one.images / 2, abs=1)
+        assert less.memory["activations"] == pytest.approx(one.memory["activations"] / 2)
+        assert less.seconds["uneven ranks"] == 0
+    small = tuple(dataclasses.replace(stage, tokens=1000) for stage in stages)
+    with pytest.raises(UserError, match=r"stages\.0\.tokens is 1000: .*8 ranks x micro-steps"):
+        make_plan(dataclasses.replace(config, stages=small), 8, "h100", Assumptions())
