@@ -75,7 +75,11 @@ def test_every_rank_and_step_has_the_same_capacity(tiny) -> None:
         assert 1 <= plan.images <= 5
         assert all(g.count for g in plan.groups)
         plans.append(plan)
+    # Image after image.
+    starts = [plan.start for plan in plans]
+    assert starts == [sum(plan.images for plan in plans[:micro]) for micro in range(8)]
     # Both micro-steps alike, steps not all.
+    plans = [replace(plan, start=None) for plan in plans]
     assert plans[::2] == plans[1::2]
     assert len(set(map(repr, plans))) > 1
     one = Planner(tiny.config(tiny.settings(MIXED)), HOG, 16)
@@ -89,12 +93,22 @@ def test_tokens_of_an_image_are_those_of_the_student(tiny) -> None:
     assert image_tokens(config, 64, 16) == 4 * 4 + student.prefix_tokens
 
 
-def test_counts_positions_of_images_over_steps(tiny) -> None:
-    """No image of an epoch comes twice: the next step goes on where the last one ended."""
-    trainer = tiny.trainer(tiny.settings(MIXED))
-    positions = [trainer.stream.first_position(step) for step in range(4)]
-    images = [trainer.stream[step].plan.images for step in range(4)]
-    assert positions == [sum(images[:step]) for step in range(4)]
+def test_counts_images_over_ranks_and_stages(tiny) -> None:
+    """No image of an epoch comes twice: each rank goes on where the last one ended."""
+    counted = {"steps": 2, "groups": [{"images": 5, "sizes": [32]}]}
+    stages = [MIXED["stages"][0], counted, MIXED["stages"][0]]
+    config = tiny.config(tiny.settings({"stages": stages}))
+    ranks = [Planner(config, HOG, 16, world=2, rank=rank) for rank in range(2)]
+    expected = 0
+    for step in range(10):
+        for rank in ranks:
+            plan = rank(step)
+            assert plan.start == expected
+            assert (plan.capacity is None) == (step in (4, 5))
+            expected += plan.images
+    # A run that goes on there has the same numbers.
+    again = Planner(config, HOG, 16, world=2, rank=1)
+    assert again(9) == ranks[1](9)
 
 
 @pytest.mark.parametrize(

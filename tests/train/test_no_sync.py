@@ -178,7 +178,7 @@ def guarded_step(
     trainer.telemetry, trainer.step = Quiet(), step
     guard = NoWaiting()
     with guard:
-        trainer._one_step(iter(batches))
+        trainer._one_step(batch.to(META) for batch in batches)
     assert reads == [META]
     (told,) = trainer.telemetry.told
     return guard, told
