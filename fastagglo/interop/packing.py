@@ -272,7 +272,8 @@ class _Siglip2(_Family):
             )
         cells = images.unflatten(-1, (-1, side)).unflatten(-3, (-1, side))
         patches = cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        shapes = torch.tensor([[height // side, width // side]] * len(images), device=images.device)
+        # On the CPU, where the model reads them one by one.
+        shapes = torch.tensor([[height // side, width // side]] * len(images))
         return model.embeddings(patches, shapes), None
 
     @staticmethod
