@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastagglo.errors import UserError, require
 from fastagglo.interop.radio_config import describe
+from fastagglo.interop.radio_folder import transformers_config
 from fastagglo.interop.radio_names import (
     Layout,
     RadioReport,
@@ -202,18 +203,21 @@ def to_radio(student: Student, layout: str | None = None) -> dict[str, Tensor]:
     """
     if not isinstance(student, Student):
         raise TypeError(f"to_radio: expected a Student, got {type(student).__name__}")
-    own = {name: value.detach() for name, value in student.state_dict().items()}
-    kept = isinstance(student, RadioStudent) and layout in (None, student.layout.style)
-    chosen = student.layout if kept else Layout.of("hub" if layout is None else layout)
-    if chosen.style == "native" and student.config.heads:
+    if isinstance(student, RadioStudent) and layout in (None, student.layout.style):
+        return _written(student, student.layout) | student.carried
+    return _written(student, Layout.of("hub" if layout is None else layout))
+
+
+def _written(student: Student, layout: Layout) -> dict[str, Tensor]:
+    if layout.style == "native" and student.config.heads:
         raise ValueError(
             "to_radio: layout 'native' has no names for heads; use 'transformers' or 'hub'"
         )
+    own = {name: value.detach() for name, value in student.state_dict().items()}
     state: dict[str, Tensor] = {}
-    for entry in entries(student.config, chosen):
+    for entry in entries(student.config, layout):
         state |= entry.write(own)
-    state |= constants(student.config, chosen)
-    return state | (student.carried if kept else {})
+    return state | constants(student.config, layout)
 
 
 def save_radio(student: Student, path: str | os.PathLike[str], layout: str | None = None) -> None:
@@ -222,24 +226,45 @@ def save_radio(student: Student, path: str | os.PathLike[str], layout: str | Non
     Args:
         student: any student; its configuration goes into the file's metadata, so that
             :func:`load_radio` needs no arguments.
-        path: a ``.safetensors`` file, whose folder exists.
-        layout: as of :func:`to_radio`.
+        path: a ``.safetensors`` file, whose folder exists; or a folder, which is made, for
+            ``transformers.AutoModel``: its own ``RadioModel`` reads the trunk, without remote
+            code (heads are written too; it has none, and says so).
+        layout: of a file, as of :func:`to_radio`. A folder is always ``"transformers"``.
 
     Raises:
         TypeError, ValueError: as of :func:`to_radio`.
-        UserError: the file cannot be written, or safetensors is not installed.
+        UserError: the file cannot be written, safetensors is not installed, or a folder is wanted
+            of a student that RadioModel cannot be: with ``patch_bias`` or ``final_norm``, say.
     """
     path = Path(path)
-    if path.suffix != ".safetensors":
-        raise UserError(f"save_radio: {path} must end in .safetensors")
+    if path.suffix == ".safetensors":
+        kept = isinstance(student, RadioStudent) and layout in (None, student.layout.style)
+        heads = dict(student.layout.heads) if kept else {}
+        _write(path, to_radio(student, layout), student.config, heads)
+        return
+    if not isinstance(student, Student):
+        raise TypeError(f"save_radio: expected a Student, got {type(student).__name__}")
+    if path.suffix in (".pth", ".pt", ".bin", ".tar"):
+        raise UserError(f"save_radio: {path} must end in .safetensors, or be a folder")
+    if layout not in (None, "transformers"):
+        raise ValueError(f"layout of a folder must be 'transformers', got {layout!r}")
+    values = transformers_config(student.config)
+    state = _written(student, Layout.of("transformers"))
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+    _write(path / "model.safetensors", state, student.config, {})
+
+
+def _write(
+    path: Path, state: Mapping[str, Tensor], config: StudentConfig, heads: Mapping[str, str]
+) -> None:
     safetensors = require("safetensors", extra="train", purpose="save_radio")
     save_file = require("safetensors.torch", extra="train", purpose="save_radio").save_file
-    state = {name: t.cpu().contiguous() for name, t in to_radio(student, layout).items()}
-    kept = isinstance(student, RadioStudent) and layout in (None, student.layout.style)
-    known = {
-        "config": student.config.to_dict(),
-        "heads": dict(student.layout.heads) if kept else {},
-    }
+    state = {name: t.cpu().contiguous() for name, t in state.items()}
+    known = {"config": config.to_dict(), "heads": heads}
     try:
         save_file(state, path, {"format": "pt", METADATA: json.dumps(known)})
     except (OSError, safetensors.SafetensorError) as error:

@@ -184,8 +184,8 @@ class TestTransformers:
         return model
 
     @staticmethod
-    def compare(model, student: Student) -> None:
-        for size in ((64, 64), (96, 48), (128, 128)):
+    def compare(model, student: Student, sizes=((64, 64), (96, 48), (128, 128))) -> None:
+        for size in sizes:
             images = photos(*size)
             with torch.inference_mode():
                 want, got = model(images), student(images).backbone
@@ -232,6 +232,41 @@ class TestTransformers:
         model = self.model(summary_idxs=[0, 1, 2])
         model.load_state_dict(to_radio(student, "native"))
         self.compare(model, student)
+
+    @pytest.mark.parametrize(
+        "change", [{}, {"mlp": "swiglu", "layer_scale": None, "mlp_width": 88}]
+    )
+    def test_a_folder_that_it_reads_by_itself(self, change: dict, tmp_path: Path) -> None:
+        from transformers import AutoModel
+
+        settings = {"width": 48, "depth": 2, "num_heads": 4, "mlp_width": 100, "layer_scale": 0.3}
+        settings |= {"patch_bias": False, "final_norm": False, "cls": ("a", "b", "c")}
+        settings |= {"summary": ("b",), "max_resolution": 128, "pixel_std": (0.2, 0.3, 0.4)}
+        student = create_student("tiny", registers=7, **(settings | change)).eval()
+        save_radio(student, tmp_path)
+        model = AutoModel.from_pretrained(tmp_path, trust_remote_code=False)
+        assert type(model).__name__ == "RadioModel"
+        self.compare(model, student)
+        back = fastagglo.load(tmp_path)
+        assert back.config == student.config
+        same(back.state_dict(), student.state_dict())
+        # One that came from a torch.hub file too; its heads stay behind.
+        version = tiny(VERSIONS["c-radio_v4-h"])
+        radio = from_radio(fill(hub(version)), num_heads=version.attention)
+        save_radio(radio, tmp_path / "v4")
+        self.compare(AutoModel.from_pretrained(tmp_path / "v4"), radio, ((64, 64), (48, 96)))
+        same(fastagglo.load(tmp_path / "v4").state_dict(), radio.state_dict())
+
+    def test_what_it_cannot_be(self, tmp_path: Path) -> None:
+        student = create_student("tiny", depth=1, final_norm=False, max_resolution=64)
+        with pytest.raises(UserError, match="has no patch_bias; write a"):
+            save_radio(student, tmp_path / "folder")
+        settings = {"mlp": "swiglu", "mlp_width": 60, "patch_bias": False, "final_norm": False}
+        with pytest.raises(UserError, match="multiples of 8, got 60"):
+            save_radio(create_student("tiny", depth=1, **settings), tmp_path / "folder")
+        with pytest.raises(ValueError, match="layout of a folder must be 'transformers'"):
+            save_radio(student, tmp_path / "folder", "hub")
+        assert not (tmp_path / "folder").exists()
 
 
 class TestReport:
@@ -377,6 +412,8 @@ class TestFiles:
             str(tmp_path / "radio.safetensors"), dtype=torch.bfloat16, num_heads=16
         )
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        got = half(photos(48, 64))["dino_v3"].spatial[0].float()
+        assert torch.nn.functional.cosine_similarity(got, self.want(), dim=-1).min() > 0.99
 
     @pytest.mark.parametrize("key", ["state_dict", "state_dict_ema"])
     def test_a_hub_file(self, key: str, tmp_path: Path) -> None:
@@ -482,7 +519,7 @@ class TestOwnStudents:
             to_radio(self.student(), "timm")
         with pytest.raises(ValueError, match="'native' has no names for heads"):
             to_radio(self.student(), "native")
-        with pytest.raises(UserError, match=r"must end in \.safetensors"):
+        with pytest.raises(UserError, match=r"must end in \.safetensors, or be a folder"):
             save_radio(self.student(), tmp_path / "radio.pth")
 
 
