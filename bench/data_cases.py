@@ -27,7 +27,7 @@ SIZE = 224
 # Of ImageNet, as most pipelines subtract them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-IMAGES = ("PIL", "torchvision", "simplejpeg", "turbojpeg", "kornia")
+IMAGES = ("PIL", "torchvision", "simplejpeg", "turbojpeg", "kornia", "decode")
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 from collections.abc import Callable, Iterator, Mapping
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from bench.data_cases import MEAN, STD, Batch, Crop, normaliser
 from bench.engine import OURS, Results, Unavailable
+from fastagglo.data.picture import Picture
 
 Images = Callable[[], Tensor]
 Decoder = Callable[[bytes], Tensor]
@@ -67,6 +69,52 @@ def ours(batch: Batch) -> Run:
     return Run(batch, images)
 
 
+class Floor(Run):
+    """What a library takes for decoding alone; the crops are made only to be compared."""
+
+    def __init__(self, batch: Batch, decode: Callable[[], list[Any]], crops: Any) -> None:
+        super().__init__(batch, decode)  # type: ignore[arg-type]
+        self.decoded, self.finished = decode, crops
+
+    def results(self) -> Results:
+        return {"pixels": self.finished(self.decoded())}
+
+
+def simplejpeg_floor(batch: Batch) -> Floor:
+    """simplejpeg at the scale that a crop allows: no pipeline around it can take less."""
+    decode_jpeg = library("simplejpeg", "simplejpeg").decode_jpeg
+    size, width, height = batch.case.size, batch.case.width, batch.case.height
+    shrinks = [
+        Picture(crop.data).shrink(min(crop.width, crop.height) / size) for crop in batch.crops
+    ]
+    parts = [
+        dataclasses.replace(
+            crop,
+            left=crop.left // s,
+            top=crop.top // s,
+            width=-(-crop.width // s),
+            height=-(-crop.height // s),
+        )
+        for crop, s in zip(batch.crops, shrinks, strict=True)
+    ]
+
+    def decode() -> list[np.ndarray]:
+        return [
+            decode_jpeg(c.data, min_height=-(-height // s), min_width=-(-width // s), min_factor=s)
+            for c, s in zip(batch.crops, shrinks, strict=True)
+        ]
+
+    crop_of = _v2_crop(batch)
+
+    def crops(images: list[np.ndarray]) -> Tensor:
+        planes = (torch.from_numpy(image).permute(2, 0, 1) for image in images)
+        return torch.stack([crop_of(c, image) for c, image in zip(parts, planes, strict=True)]).to(
+            batch.device
+        )
+
+    return Floor(batch, decode, crops)
+
+
 def pil(batch: Batch) -> Run:
     """Pillow and torchvision's first transforms: what most training code does."""
     crop_of = _pillow(batch.case.size)
@@ -107,15 +155,15 @@ def _pillow(size: int) -> Callable[[Crop, Any], Tensor]:
     return crop_of
 
 
-def _v2(batch: Batch, decoder: Decoder, **info: Any) -> Run:
+def _v2_crop(batch: Batch) -> Callable[[Crop, Tensor], Tensor]:
     """torchvision's second transforms in the order of its documentation: uint8 up to the crop."""
     v2 = library("torchvision.transforms.v2", "torchvision")
     functional, size = v2.functional, [batch.case.size] * 2
     normalise = v2.Normalize(MEAN, STD)
 
-    def crop_of(crop: Crop) -> Tensor:
+    def crop_of(crop: Crop, image: Tensor) -> Tensor:
         image = functional.resized_crop(
-            decoder(crop.data),
+            image,
             crop.top,
             crop.left,
             crop.height,
@@ -128,9 +176,17 @@ def _v2(batch: Batch, decoder: Decoder, **info: Any) -> Run:
             image = functional.horizontal_flip(image)
         return normalise(functional.to_dtype(image, torch.float32, scale=True))
 
-    return Run(
-        batch, lambda: torch.stack([crop_of(c) for c in batch.crops]).to(batch.device), **info
-    )
+    return crop_of
+
+
+def _v2(batch: Batch, decoder: Decoder, **info: Any) -> Run:
+    """A decoder, and torchvision's second transforms."""
+    crop_of = _v2_crop(batch)
+
+    def images() -> Tensor:
+        return torch.stack([crop_of(c, decoder(c.data)) for c in batch.crops]).to(batch.device)
+
+    return Run(batch, images, **info)
 
 
 def torchvision(batch: Batch) -> Run:
@@ -229,5 +285,6 @@ PEERS: dict[str, tuple[str, Callable[[Batch], Run]]] = {
     "turbojpeg": ("PyTurboJPEG whole, v2 resized crop, ToDtype, Normalize", turbojpeg),
     "kornia": ("kornia-rs whole, v2 resized crop, ToDtype, Normalize", kornia),
     "webdataset": ("webdataset's reader, Pillow, torchvision v1 transforms", webdataset),
+    "decode": ("simplejpeg's decoding alone, at the scale that the crop allows", simplejpeg_floor),
     "nvjpeg": ("torchvision decode_jpeg (nvJPEG) and v2 transforms on the GPU", nvjpeg),
 }

@@ -433,13 +433,23 @@ def _varies(image: Image | np.ndarray, height: int, least: float) -> bool:
     """
     if not isinstance(image, np.ndarray):
         return False
-    rows, columns = _grid(height, image.shape[1])
-    there = int(np.searchsorted(rows, len(image)))
-    few = slice(0, there, 16)
-    green = image[rows[few], columns[few], 1].astype(np.int64)
+    places, all_places = _few(height, image.shape[1], len(image))
+    if image.flags.c_contiguous:
+        green = image.reshape(-1).take(places[2]).astype(np.int64)
+    else:
+        green = image[places[0], places[1], 1].astype(np.int64)
     squares = len(green) * int(green @ green) - int(green.sum()) ** 2  # len ** 2 * variance
     # As if none of the others were away from the mean: together they vary at least so much.
-    return len(green) > 0 and squares >= len(green) * len(rows) * least**2
+    return len(green) > 0 and squares >= len(green) * all_places * least**2
+
+
+@lru_cache(maxsize=256)
+def _few(height: int, width: int, present: int) -> tuple[tuple[np.ndarray, ...], int]:
+    """Of the ``_grid`` of an image of which the first rows are present, every 16th pixel in them:
+    rows, columns, places of the green values in memory; and how many pixels the grid has."""
+    rows, columns = _grid(height, width)
+    few = slice(0, int(np.searchsorted(rows, present)), 16)
+    return (rows[few], columns[few], (rows[few] * width + columns[few]) * 3 + 1), len(rows)
 
 
 def _spread(image: Image | np.ndarray) -> float:

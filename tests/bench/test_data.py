@@ -41,7 +41,10 @@ def test_peers_agree_with_us(case: Case) -> None:
             assert peer in ("turbojpeg", "kornia")
             continue
         present += 1
-        assert run().shape == (4, 3, 32, 32)
+        if peer == "decode":  # whole photographs, of which no crop is made
+            assert len(run()) == 4
+        else:
+            assert run().shape == (4, 3, 32, 32)
         assert row["input_bytes"] == sum(map(len, photos(case.width, case.height, 4)))
     assert present >= 3
 
@@ -50,6 +53,19 @@ def test_large_photos_are_decoded_small() -> None:
     """Else the case measures nothing of its own."""
     crops = Batch.of(LARGE, "cpu").crops
     assert any(min(crop.width, crop.height) >= 4 * 32 for crop in crops)
+
+
+def test_the_floor_decodes_at_the_scale_of_the_crops() -> None:
+    """Whole where crops are small, else at a part: what is compared are crops made of it."""
+    for case, scales in ((SMALL, {1, 2}), (LARGE, {2, 4})):
+        images = PEERS["decode"][1](Batch.of(case, "cpu"))()
+        assert {round(case.height / len(image)) for image in images} <= scales
+    batch = Batch.of(LARGE, "cpu")
+    floor = PEERS["decode"][1](batch)
+    right = floor.results()
+    floor.decoded = lambda: [image[:, ::-1].copy() for image in floor.images()]  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError, match="decode: "):
+        compare("decode", floor.results(), right, batch)
 
 
 def test_every_kind_of_crop_is_there() -> None:
