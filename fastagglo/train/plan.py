@@ -19,7 +19,9 @@ from fastagglo.model.cost import VitShape, activation_bytes, student_flops
 from fastagglo.train.budget import mean_images
 from fastagglo.train.config import GroupSettings, RunConfig, TeacherSettings
 from fastagglo.train.costs import teacher_view_flops
+from fastagglo.train.parallel import check_ranks
 from fastagglo.train.schedule import Planner
+from fastagglo.train.sharing import model_bytes, sent_bytes
 from fastagglo.train.student import build_student, stated_widths
 from fastagglo.train.teacher_shapes import SHAPES, TeacherShape, known_specs
 
@@ -93,9 +95,9 @@ class StagePlan:
         student_flops, heads_flops: forward, of an image.
         teachers: their costs.
         seconds: of a step by part: student, teachers, the wait for the rank with the most work,
-            all-reduce that no backward hides, data that no GPU work hides.
+            weights and gradients on the network that nothing hides, data that no GPU work hides.
         memory: bytes of a GPU by part, at the largest sizes.
-        communicated: bytes that a GPU sends in a step.
+        communicated: bytes that a GPU sends in a step (`fastagglo.train.sharing`).
         images_per_second: over all GPUs.
     """
 
@@ -191,6 +193,7 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, assumptions: Assumptions) 
             limit = " and at most 1" if most == 1 else ""
             name = field.name.replace("_", "-")
             raise UserError(f"--{name} must be above 0{limit}, got {value:g}")
+    check_ranks(config.distributed, gpus)
     shapes = {n: SHAPES[t.model] for n, t in config.teachers.items() if t.model in SHAPES}
     student = _student(config)
     counted = [stage.groups for stage in config.stages if not stage.tokens]
@@ -203,7 +206,7 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, assumptions: Assumptions) 
     )
     parameters = _parameters(student)
     stages = tuple(
-        _stage(config, index, student, parameters, shapes, planner, gpus, GPUS[gpu], assumptions)
+        _stage(config, index, student, shapes, planner, gpus, GPUS[gpu], assumptions)
         for index in range(len(config.stages))
     )
     unknown = tuple(name for name in config.teachers if name not in shapes)
@@ -249,7 +252,7 @@ def _trunk_flops(config: RunConfig, shape: StudentConfig, size: int) -> float:
 
 
 def _stage(
-    config: RunConfig, index: int, student: Student, parameters: dict[str, int],
+    config: RunConfig, index: int, student: Student,
     shapes: dict[str, TeacherShape], planner: Planner, gpus: int, gpu: Gpu, given: Assumptions,
 ) -> StagePlan:  # fmt: skip
     stage, shape = config.stages[index], student.config
@@ -277,11 +280,12 @@ def _stage(
     }
     idle = _idle(planner, index)
     seconds["uneven ranks"] = sum(seconds.values()) * idle / (1 - idle)
-    # A ring sends and receives nearly every gradient twice; it overlaps the last backward.
-    communicated = round(8 * sum(parameters.values()) * (gpus - 1) / gpus)
+    # Gradients travel during the last backward, shards of weights while the student runs.
+    weights, gradients = sent_bytes(config, student, gpus)
     last = backward / config.optimiser.accumulate
-    reduce_seconds = communicated / ((given.link_gb_s or gpu.link_gb_s) * 1e9)
-    seconds["all-reduce"] = max(0.0, reduce_seconds - last)
+    link = (given.link_gb_s or gpu.link_gb_s) * 1e9
+    exposed = max(gradients / link - last, (weights + gradients) / link - seconds["student"])
+    seconds["all-reduce"] = max(0.0, exposed)
     decoded = gpus * max(1, config.data.workers) * given.images_per_core
     seconds["data"] = max(0.0, images / decoded - sum(seconds.values()))
     return StagePlan(
@@ -292,8 +296,8 @@ def _stage(
         heads / images,
         tuple(teachers),
         seconds,
-        _memory(config, index, student, parameters, shapes, planner, gpus),
-        communicated,
+        _memory(config, index, student, shapes, planner, gpus),
+        weights + gradients,
         gpus,
     )
 
@@ -308,11 +312,11 @@ def _idle(planner: Planner, index: int) -> float:
 
 
 def _memory(
-    config: RunConfig, index: int, student: Student, parameters: dict[str, int],
+    config: RunConfig, index: int, student: Student,
     shapes: dict[str, TeacherShape], planner: Planner, gpus: int,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of a GPU by part, at the largest sizes that a step of the stage may draw."""
-    shape, count = student.config, sum(parameters.values())
+    shape = student.config
     bf16 = config.optimiser.precision == "bf16"
     shares = gpus * config.optimiser.accumulate
     activations = losses = working = 0
@@ -340,10 +344,7 @@ def _memory(
             working = max(working, here * rows * _working(known.vit) * wide)
     teachers = sum(s.vit.parameters * _weight_bytes(config.teachers[n]) for n, s in shapes.items())
     return {
-        "parameters": 4 * count + (2 * count if bf16 else 0),
-        "gradients": 4 * count * (2 if gpus > 1 else 1),  # DDP's buckets are a copy
-        "optimiser": 8 * count,
-        "average student": 4 * count if config.distill.ema_decay else 0,
+        **model_bytes(config, student, gpus),
         "teachers": teachers,
         "teachers at work": round(working),
         "activations": round(activations),

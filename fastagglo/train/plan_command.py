@@ -149,6 +149,8 @@ def advice(plan: Plan) -> str:
         change(text, "student", checkpoint_blocks=False)
     else:
         change("--student.checkpoint-blocks", "student", checkpoint_blocks=True)
+    if not plan.fits and plan.gpus > 1 and config.distributed.strategy == "ddp":
+        change("--distributed.strategy fsdp2", "distributed", strategy="fsdp2")
     workers = 2 * max(1, config.data.workers)
     change(f"--data.workers {workers}", "data", workers=workers)
     found = []
@@ -176,7 +178,8 @@ def advice(plan: Plan) -> str:
             f"teachers.{teacher.name}: {share:.0%} of the teachers' work; smaller `sizes`, or a "
             "smaller model"
         )
-    if worst.bottleneck == "all-reduce":
+    shard = max(1, config.distributed.shard)
+    if worst.bottleneck == "all-reduce" and plan.gpus // 2 % shard == 0:
         fewer = make_plan(config, plan.gpus // 2, plan.gpu, plan.assumptions)
         if fewer.fits:
             return f"--gpus {fewer.gpus}: gradients wait for the network; {_hours(fewer)} then"

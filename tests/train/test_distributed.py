@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastagglo.distill import Distiller, Matching
 from fastagglo.features import Features
@@ -142,6 +143,23 @@ def gathered(rank: int) -> dict[str, Any]:
     return in_use | {"counts": counts}
 
 
+class Sent(TorchDispatchMode):
+    """Elements of weights and of gradients that FSDP2 sends, in rings of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gathered = self.reduced = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        if "c10d._allgather_base_" in str(func):
+            self.gathered += args[0].numel() // 2
+        elif "c10d._reduce_scatter_base_" in str(func):
+            self.reduced += args[0].numel()
+        return func(*args, **(kwargs or {}))
+
+
 def rank_of_distiller(rank: int, folder: Path) -> None:
     from fastagglo.ops.sharded import whole
     from fastagglo.train.config import DistributedSettings
@@ -183,6 +201,9 @@ def rank_of_distiller(rank: int, folder: Path) -> None:
         found[strategy, "tail"] = on_ranks(strategy, TAIL)
         found[strategy, "bfloat16"] = on_ranks(strategy, reduce="bfloat16")
         found[strategy, "accumulated"] = accumulated(strategy)
+    with Sent() as sent:
+        on_ranks("fsdp2")
+    found["sent"] = sent.gathered, sent.reduced
     torch.save(found, folder / f"{rank}.pt")
 
 
@@ -428,6 +449,16 @@ class TestStep:
                     torch.testing.assert_close(gradient, alone[name], rtol=1e-12, atol=1e-14)
             for name, gradient in rank[strategy]["gradients"].items():
                 torch.testing.assert_close(second[name], 2 * gradient, rtol=1e-12, atol=1e-14)
+
+    def test_a_plan_counts_what_is_sent(self, both: list[dict[str, Any]]) -> None:
+        from fastagglo.train.config import DistributedSettings, RunConfig
+        from fastagglo.train.sharing import sent_bytes
+
+        config = RunConfig(distributed=DistributedSettings(strategy="fsdp2"))
+        expected = sent_bytes(config, make_distiller().student, 2)
+        found = [4 * elements for elements in both[0]["sent"]]  # were they float32
+        # Each rank pads what does not divide evenly.
+        assert found == pytest.approx(expected, rel=0.01)
 
     @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
     def test_reduction_in_bfloat16(self, both: list[dict[str, Any]], strategy: str) -> None:

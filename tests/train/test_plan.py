@@ -116,12 +116,46 @@ def test_settings_that_cost():
     assert fp32.stages[0].memory["activations"] > 1.5 * plain.stages[0].memory["activations"]
 
 
+def test_strategies():
+    """What belongs to weights is shared; what is sent is counted against real ranks elsewhere."""
+    recipe, gpus = "radio-v2.5-h", 64
+
+    def plan(**distributed):
+        config = changed(recipe, "distributed", **distributed)
+        return make_plan(config, gpus, "h100", Assumptions()).stages[0]
+
+    ddp, half, shards, hybrid = (
+        plan(),
+        plan(reduce="bfloat16"),
+        plan(strategy="fsdp2"),
+        plan(strategy="fsdp2", shard=8),
+    )
+    assert 2 * half.communicated == pytest.approx(ddp.communicated)
+    assert half.memory == ddp.memory
+    assert shards.memory["optimiser"] == pytest.approx(ddp.memory["optimiser"] / 64)
+    assert hybrid.memory["optimiser"] == pytest.approx(ddp.memory["optimiser"] / 8)
+    for part in ("parameters", "gradients"):
+        assert shards.memory[part] < hybrid.memory[part] < 0.6 * ddp.memory[part]
+    same = ("activations", "teachers", "predictions and targets")
+    assert all(shards.memory[part] == ddp.memory[part] for part in same)
+    # Between nodes a hybrid run sends gradients of shards only.
+    assert hybrid.communicated == pytest.approx(ddp.communicated / 8, rel=0.15)
+    # In bfloat16 two gatherings and one reduction are what one float32 all-reduce is.
+    assert shards.communicated == pytest.approx(ddp.communicated, rel=0.15)
+    with pytest.raises(UserError, match=r"distributed\.shard is 7: it must divide the 64 ranks"):
+        plan(strategy="fsdp2", shard=7)
+
+
 def test_advice():
     big = load_recipe("c-radio-v4-h")
     tight = make_plan(big, 32, "h100", Assumptions())
     assert not tight.fits
     assert "does not fit" in advice(tight)
     assert advice(tight).startswith(("--optimiser.accumulate 2", "--student.checkpoint-blocks"))
+    giant = changed("radio-v2.5-g", "student", depth=120)
+    giant = dataclasses.replace(giant, teachers=load_recipe("radio-v2.5-b").teachers)
+    sharded = advice(make_plan(giant, 512, "h100", Assumptions()))
+    assert sharded.startswith("--distributed.strategy fsdp2: it does not fit as it is")
     hopeless = make_plan(big, 8, "l40s", Assumptions())
     assert "even so" in advice(hopeless)
     starved = changed("radio-v2.5-b", "data", workers=1)
