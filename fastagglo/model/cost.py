@@ -103,6 +103,8 @@ def student_flops(
             trunk += block_flops(c, m, tokens, tokens**2, gated=gated)
         else:  # CLS and register tokens pass by
             trunk += block_flops(c, m, patches, patches * window**2, gated=gated)
+    if config.feature_normaliser:
+        trunk += 2 * patches * c**2
     heads = 0
     for spec in config.heads.values():
         if spec.summary:

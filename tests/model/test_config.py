@@ -115,7 +115,15 @@ def test_a_plain_backbone_has_one_cls_token() -> None:
 def test_round_trip_through_json() -> None:
     heads = {"z": HeadSpec(summary=3), "a": HeadSpec(spatial=4, spatial_blocks=1)}
     config = dataclasses.replace(
-        PRESETS["g"], heads=heads, window=8, global_layers=(3, 39), drop_path=0.1
+        PRESETS["g"],
+        heads=heads,
+        window=8,
+        global_layers=(3, 39),
+        drop_path=0.1,
+        cls=("a", "z"),
+        summary=("z",),
+        pixel_std=(0.1, 0.2, 0.3),
+        block_normaliser="layer",
     )
     back = StudentConfig.from_dict(json.loads(json.dumps(config.to_dict())))
     assert back == config
@@ -191,6 +199,14 @@ class TestErrors:
             ({"heads": ["clip"]}, TypeError, "heads must map teacher names"),
             ({"heads": {"clip": 3}}, TypeError, r"heads\['clip'\] must be a HeadSpec, got 3"),
             ({"heads": {"a.b": HeadSpec(summary=1)}}, ValueError, "without dots"),
+            ({"patch_bias": 1}, TypeError, "patch_bias must be a bool, got 1"),
+            ({"block_normaliser": "all"}, ValueError, "'shared', 'layer' or None, got 'all'"),
+            ({"pixel_mean": (0.5, 0.5)}, TypeError, "pixel_mean must be three numbers"),
+            ({"pixel_std": (0.5, 0.0, 1)}, ValueError, "pixel_std must be positive"),
+            ({"cls": "clip"}, TypeError, "cls must be a tuple of names"),
+            ({"cls": ("a", "a")}, ValueError, "cls must be distinct"),
+            ({"summary": ("clp",), "heads": HEADS}, ValueError, "no CLS token 'clp'; did you mean"),
+            ({"cls": ("a", "b"), "heads": HEADS}, ValueError, "it lacks 'clip'"),
         ],
     )
     def test_values(self, override: dict, error: type[Exception], match: str) -> None:

@@ -16,6 +16,9 @@ HEADS = {
     "a": HeadSpec(summary=96, spatial=80, hidden=64, blocks=2, upsample=2),
     "b": HeadSpec(summary=None, spatial=48, hidden=72, spatial_blocks=1),
     "c": HeadSpec(summary=40, spatial=None, hidden=56, summary_hidden=88),
+    "d": HeadSpec(
+        *(24, 36, 60), blocks=1, summary_blocks=3, spatial_blocks=2, spatial_block="timm"
+    ),
 }
 
 
@@ -41,7 +44,9 @@ def plain_attention(monkeypatch):
 
 
 @pytest.mark.parametrize("window", [None, 2])
-@pytest.mark.parametrize("changes", [{}, {"mlp": "swiglu", "patch_size": 8}])
+@pytest.mark.parametrize(
+    "changes", [{"feature_normaliser": True}, {"mlp": "swiglu", "patch_size": 8}]
+)
 def test_flops_of_the_trunk(changes, window, plain_attention):
     student = create_student("tiny", registers=3, **changes).eval().requires_grad_(False)
     found = counted(lambda: student(torch.rand(2, 3, 96, 64), window=window))
@@ -63,10 +68,12 @@ def test_flops_of_the_heads():
 
     for spec in HEADS.values():
         if spec.summary:
-            want += head(spec.summary_hidden or spec.hidden, spec.blocks, spec.summary, 1)
+            blocks = spec.blocks if spec.summary_blocks is None else spec.summary_blocks
+            want += head(spec.summary_hidden or spec.hidden, blocks, spec.summary, 1)
         if spec.spatial:
             want += head(spec.hidden, spec.blocks, spec.spatial * spec.upsample**2, rows)
-            block = block_flops(width, config.mlp_width, rows, rows**2)
+            hidden = 4 * width if spec.spatial_block == "timm" else config.mlp_width
+            block = block_flops(width, hidden, rows, rows**2)
             want += spec.spatial_blocks * block
     assert student_flops(config, 96, 64)[1] == want
 

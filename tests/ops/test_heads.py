@@ -342,6 +342,10 @@ class TestErrors:
             HeadSpec(summary=4, upsample=2)
         with pytest.raises(ValueError, match="needs a summary head"):
             HeadSpec(spatial=4, summary_hidden=3)
+        with pytest.raises(ValueError, match="summary_blocks needs a summary head"):
+            HeadSpec(spatial=4, summary_blocks=3)
+        with pytest.raises(ValueError, match="spatial_block must be 'student' or 'timm'"):
+            HeadSpec(spatial=4, spatial_block="vit")
         with pytest.raises(ValueError, match="spatial must be at least 1, got 0"):
             HeadSpec(spatial=0)
         with pytest.raises(TypeError, match="summary must be an int, got '4'"):
