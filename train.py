@@ -8,6 +8,7 @@
     torchrun --nproc-per-node 8 train.py --recipe radio-v2.5-b    # one process per GPU
     python train.py plan --recipe radio-v2.5-h --gpus 256 --gpu h100    # what it will cost
     python train.py cache --cache.folder features --data.crops-per-photo 4   # teachers run once
+    python train.py export runs/demo --onnx student.onnx    # the student for other runtimes
 
 The road from here: `fastagglo.train.recipe` reads the configuration, `fastagglo.train.loop.Trainer`
 builds student, teachers and data and runs the steps, `fastagglo.distill.Distiller` computes the
@@ -33,6 +34,7 @@ from fastagglo.train import (
 )
 from fastagglo.train.cache_command import main as cache
 from fastagglo.train.distributed import is_main
+from fastagglo.train.export_command import main as export
 from fastagglo.train.plan_command import main as plan
 
 
@@ -43,6 +45,9 @@ def main(arguments: list[str]) -> int:
         return 0
     if arguments[:1] == ["cache"]:
         cache(arguments[1:])
+        return 0
+    if arguments[:1] == ["export"]:
+        export(arguments[1:])
         return 0
     config = parse_arguments(arguments)
     device = choose_device(config.device)

@@ -7,14 +7,28 @@ from importlib.metadata import version
 from typing import Any
 
 from fastagglo import distill, kernels, model, ops
-from fastagglo.compress import compress
+from fastagglo.compress import Compress, compress
 from fastagglo.features import Features
 
 __version__ = version("fastagglo")
 
-_INTEROP = ("load", "pack", "patch", "tome", "unpatch")  # found when first asked for
+# Found when first asked for.
+_INTEROP = (
+    *("export_onnx", "export_package", "export_program", "load", "pack", "patch", "tome"),
+    "unpatch",
+)
 
-__all__ = ["Features", "__version__", "compress", "distill", "kernels", "model", "ops", *_INTEROP]
+__all__ = [
+    "Compress",
+    "Features",
+    "__version__",
+    "compress",
+    "distill",
+    "kernels",
+    "model",
+    "ops",
+    *_INTEROP,
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,16 +6,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastagglo.features import Features
+from fastagglo.ops.exporting import exporting
+from fastagglo.ops.exporting_merge import merge_round, strided, sums
 from fastagglo.ops.merge import merge_tokens
 from fastagglo.ops.partition import Partition
 
-__all__ = ["CompressedTokens", "compress"]
+__all__ = ["Compress", "CompressedTokens", "compress"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class CompressedTokens:
         size: (N, tokens) float32 (float64 for float64 features): patches that each token stands
             for, 0 in the padding. ``size.log()`` is the bias of proportional attention.
         index: N tensors (h, w) int64, one per image in the order of ``tokens``: the slot that each
-            patch went to, -1 for a patch that is not valid.
+            patch went to, -1 for a patch that is not valid. While a model is exported, when N may
+            be a symbol, a tensor (N_i, h_i, w_i) per group instead.
     """
 
     tokens: Tensor
@@ -67,18 +71,21 @@ def compress(
         :class:`CompressedTokens`; images of later groups follow those of earlier ones. Gradients
         flow from ``tokens`` to the features.
 
+    In a model that is exported height and width may be symbols: the window is then chosen in the
+    graph, and the number of tokens is ``tokens`` whatever comes in.
+
     Raises:
         TypeError: features or ``valid`` of the wrong kind or dtype, ``tokens`` not an int.
         ValueError: no spatial features, shapes or groups that do not fit, ``tokens`` below 1, an
-            unknown partition, valid patches that are no rectangle, on the CPU NaN or infinity.
+            unknown partition, valid patches that are no rectangle, on the CPU NaN or infinity;
+            while exporting, ``valid`` or a partition other than ``"strided"``.
     """
     groups = _groups(features)
     masks = _masks(valid, groups)
-    if isinstance(tokens, bool) or not isinstance(tokens, Integral):
-        raise TypeError(f"compress: tokens must be an int, got {type(tokens).__name__}")
+    _check_tokens(tokens)
     tokens = int(tokens)
-    if tokens < 1:
-        raise ValueError(f"compress: tokens must be at least 1, got {tokens}")
+    if exporting():
+        return _exported(groups, tokens, partition, masks)
     parts = []
     index: list[Tensor] = []
     for group, mask in zip(groups, masks, strict=True):
@@ -99,6 +106,99 @@ def compress(
         parts = [_compress_grid(groups[0][:0], tokens, partition, seed)[:2]]
     merged, size = (torch.cat(part) for part in zip(*parts, strict=True))
     return CompressedTokens(merged, size > 0, size, index)
+
+
+class Compress(nn.Module):
+    """:func:`compress` as a module without parameters: the step between encoder and projector.
+
+    Args:
+        tokens: slots per image.
+        partition, seed: see :func:`fastagglo.ops.merge_tokens`.
+
+    Raises:
+        TypeError: ``tokens`` is not an int.
+        ValueError: ``tokens`` below 1, or an unknown partition.
+    """
+
+    def __init__(
+        self, tokens: int = 256, *, partition: Partition = "strided", seed: int = 0
+    ) -> None:
+        super().__init__()
+        _check_tokens(tokens)
+        if partition not in get_args(Partition):
+            raise ValueError(
+                f"Compress: partition must be one of {', '.join(get_args(Partition))}; got "
+                f"{partition!r}"
+            )
+        self.tokens, self.partition, self.seed = int(tokens), partition, seed
+
+    def forward(
+        self,
+        features: Features | Tensor | Sequence[Tensor],
+        valid: Tensor | Sequence[Tensor | None] | None = None,
+    ) -> CompressedTokens:
+        """See :func:`compress`, whose arguments, result and errors these are."""
+        return compress(
+            features, self.tokens, partition=self.partition, valid=valid, seed=self.seed
+        )
+
+    def extra_repr(self) -> str:
+        return f"tokens={self.tokens}, partition={self.partition!r}"
+
+
+def _check_tokens(tokens: object) -> None:
+    if isinstance(tokens, bool) or not isinstance(tokens, Integral):
+        raise TypeError(f"compress: tokens must be an int, got {type(tokens).__name__}")
+    if tokens < 1:
+        raise ValueError(f"compress: tokens must be at least 1, got {tokens}")
+
+
+def _exported(
+    groups: list[Tensor], tokens: int, partition: Partition, masks: list[Tensor | None]
+) -> CompressedTokens:
+    """What an exporter sees: one round whose window is data, so that a graph serves all grids."""
+    if partition != "strided":
+        raise ValueError(
+            f"compress: partition {partition!r} cannot be exported, only 'strided' can"
+        )
+    if any(mask is not None for mask in masks):
+        raise ValueError(
+            "compress: valid cannot be exported; give the model images without padding"
+        )
+    merged, sizes, index = [], [], []
+    for x in groups:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        _, h, w, _ = x.shape
+        flat = x.flatten(1, 2).to(wide)
+        sy, sx = _exported_stride(h, w, tokens, x.device)
+        rows, columns = (torch.arange(side, device=x.device) for side in (h, w))
+        chosen = strided(rows[:, None], columns, sy, sx).flatten()
+        merges = torch.sym_max(h * w - tokens, 0)
+        slot = merge_round(flat.detach(), chosen, tokens, merges)
+        size = sums(torch.ones_like(flat[..., :1]), slot, tokens)
+        merged.append((sums(flat, slot, tokens) / size.clamp(min=1)).to(x.dtype))
+        sizes.append(size[..., 0])
+        index.append(slot.unflatten(1, (h, w)))
+    size = torch.cat(sizes)
+    return CompressedTokens(torch.cat(merged), size > 0, size, index)
+
+
+def _exported_stride(h: int, w: int, tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """:func:`_stride` of ``min(h * w, tokens)`` as (1,) tensors, of sizes that may be symbols."""
+
+    def ceil(a: int | Tensor, b: Tensor | int) -> Tensor:
+        return (a + b - 1) // b
+
+    kept = torch.sym_min(h * w, tokens)
+    sy = torch.arange(1, torch.sym_max(h, w) + 1, device=device)
+    rows = ceil(h, sy)
+    columns = kept // rows
+    sx = torch.maximum(ceil(w, columns.clamp(min=1)), ceil(sy, 2))
+    ratio = torch.maximum(sx / sy, sy / sx).double()
+    # The number of windows first, of equal ones the squarest: ratios lie in 1 .. 2.
+    score = rows * ceil(w, sx) - ratio / 4
+    best = score.masked_fill((columns == 0) | (sx > 2 * sy), -1.0).argmax()[None]
+    return sy.index_select(0, best), sx.index_select(0, best)
 
 
 def _compress_grid(
@@ -131,7 +231,7 @@ def _stride(h: int, w: int, tokens: int) -> tuple[int, int]:
         sx = max(math.ceil(w / columns), math.ceil(sy / 2))
         if sx > 2 * sy:
             continue
-        score = (math.ceil(h / sy) * math.ceil(w / sx), -abs(math.log(sx / sy)))
+        score = (math.ceil(h / sy) * math.ceil(w / sx), -max(sx / sy, sy / sx))
         if score > closest:
             best, closest = (sy, sx), score
     return best

@@ -22,6 +22,7 @@ from fastagglo.train import (
     RunConfig,
     build_student,
     cache_command,
+    export_command,
     load_recipe,
     parse_arguments,
     plan_command,
@@ -150,6 +151,9 @@ def commands() -> list[list[str]]:
 def test_every_command_is_accepted(recipe: RunConfig, arguments: list[str]) -> None:
     if arguments[:1] == ["plan"]:
         plan_command.main(arguments[1:])
+        return
+    if arguments[:1] == ["export"]:
+        assert export_command.parse(arguments[1:]).run == Path("runs/demo")
         return
     if arguments[:1] == ["cache"]:
         config, _ = cache_command.parse(arguments[1:])

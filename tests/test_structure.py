@@ -49,6 +49,7 @@ OPTIONAL = (
     *("pydantic", "safetensors", "skimage", "sklearn", "tensorboard", "jinja2", "webdataset"),
     *("scipy", "tomli_w", "huggingface_hub", "xformers", "efficientnet_lite_pytorch"),
     *("pynvml", "torchao"),
+    *("onnx", "onnxscript", "onnxruntime"),
 )
 
 CORE = f"""

@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import Any
 
 from fastagglo.interop import tome
+from fastagglo.interop.export import PlainStudent, export_onnx, export_package, export_program
 from fastagglo.interop.load import load
 from fastagglo.interop.packing import PackedModel, pack
 from fastagglo.interop.patching import PatchedModule, PatchReport, patch, unpatch
@@ -30,9 +31,13 @@ __all__ = [
     "PackedModel",
     "PatchReport",
     "PatchedModule",
+    "PlainStudent",
     "RadioMismatch",
     "RadioReport",
     "RadioStudent",
+    "export_onnx",
+    "export_package",
+    "export_program",
     "from_radio",
     "load",
     "load_radio",

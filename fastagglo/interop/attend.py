@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fastagglo.ops import PackedLayout, packed_attention, packed_attention_qkv
+from fastagglo.ops.exporting import exporting, layout_of_runs
 from fastagglo.ops.worklist import LONG_TILE, SHORT_TILE
 
 # Where attention reads a list of tiles: as in fastagglo.ops.layout.
@@ -41,6 +42,8 @@ def even_layout(x: Tensor) -> PackedLayout:
     without data, made anew from arithmetic alone, so that the size may stay symbolic.
     """
     batch, length = x.shape[0], x.shape[1]
+    if exporting():
+        return layout_of_runs([(batch, length)], x.device)
     if torch.compiler.is_compiling() or type(x) is not Tensor:
         return _traced_layout(batch, length, x.device)
     return _kept_layout(batch, length, x.device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastagglo.model.config import PIXEL_MEAN, PIXEL_STD
+from fastagglo.ops.exporting import exporting
 from fastagglo.ops.head_mlp import check_int
 from fastagglo.ops.heads import shape_of
 from fastagglo.ops.layout import PackedLayout
@@ -154,7 +155,9 @@ def patchify(
     Channels run over colour, row, column, as in a flattened convolution weight. The result is at
     least fp32. Pixels are rearranged as they come, so uint8 images move a byte a pixel.
     """
-    shift, scale = pixel_statistics(mean, std, groups[0].device)
+    # Nothing made while tracing may be kept.
+    statistics = _statistics if exporting() else pixel_statistics
+    shift, scale = statistics(mean, std, groups[0].device)
     return normalised(patch_rows(groups, patch_size), shift, scale)
 
 
@@ -194,9 +197,15 @@ def pixel_statistics(
 ) -> tuple[Tensor, Tensor]:
     """``mean`` and ``std`` of each colour, fp64 (3, 1) each."""
     with torch.inference_mode(False):
-        values = torch.tensor([mean, std], dtype=torch.float64, device="cpu")
-        shift, scale = values[:, :, None].to(device)
-        return shift, scale
+        return _statistics(mean, std, device)
+
+
+def _statistics(
+    mean: tuple[float, ...], std: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    values = torch.tensor([mean, std], dtype=torch.float64, device="cpu")
+    shift, scale = values[:, :, None].to(device)
+    return shift, scale
 
 
 class _Reorder(torch.autograd.Function):

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastagglo.ops.exporting import exporting
+
 __all__ = ["CroppedPositions", "resize_table"]
 
 # The crop's side as a fraction of the table's, and its aspect ratio: RADIO, arXiv 2312.06709.
@@ -49,8 +51,28 @@ class CroppedPositions(nn.Module):
         Returns:
             (sum of images * h * w, C), at least fp32.
         """
+        if exporting():
+            return torch.cat([self._window(*grid) for grid in grids])
         index, weight = resize_corners(grids, self.grid, self.table.device)
         return self._read(index, weight)
+
+    def _window(self, images: int, h: int, w: int) -> Tensor:
+        """What :meth:`forward` gives for one group, for sizes that may be symbols."""
+        table = self.table.view(self.grid, self.grid, -1)
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        scale = self.grid / torch.sym_max(h, w)
+
+        def lines(size: int) -> tuple[Tensor, Tensor, Tensor]:
+            at = torch.arange(size, dtype=table.dtype, device=table.device)
+            at = ((at + 0.5) * scale - 0.5).clamp(0, self.grid - 1)
+            low = at.floor()
+            return low.long(), (low.long() + 1).clamp(max=self.grid - 1), at - low
+
+        low, high, share = lines(h)
+        rows = torch.lerp(table[low], table[high], share[:, None, None])
+        low, high, share = lines(w)
+        cells = torch.lerp(rows[:, low], rows[:, high], share[:, None])
+        return cells.flatten(0, 1).expand(images, h * w, -1).flatten(0, 1)
 
     def crop(
         self, unit: Tensor, image_ids: Tensor, images: int, generator: torch.Generator | None = None

@@ -13,10 +13,12 @@ from torch.utils.checkpoint import checkpoint
 from fastagglo.features import Features
 from fastagglo.model.budget import BudgetRun, Grids, budget_inputs, run_budget
 from fastagglo.model.config import StudentConfig, preset
+from fastagglo.model.exported import exported_geometry
 from fastagglo.model.normaliser import BlockNormaliser, FeatureNormaliser
 from fastagglo.model.packing import Geometry, PackedBatch, geometry, patchify, reorder
 from fastagglo.model.positions import CroppedPositions
 from fastagglo.model.vit import Block
+from fastagglo.ops.exporting import exporting
 from fastagglo.ops.heads import AdaptorHeads, HeadSpec, LayerNorm, pixel_shuffle
 
 __all__ = ["Student", "StudentOutput", "create_student"]
@@ -269,7 +271,7 @@ class Student(nn.Module):
         x = self._embed(batch, place, generator)
         x = self.norm(self._run_blocks(x, place, self._draw_keep(images, x, generator)))
         x = reorder(x, place.unpack, place.pack)
-        tokens, patches = x.split([place.prefix_rows, len(x) - place.prefix_rows])
+        tokens, patches = x.split([place.prefix_rows, x.shape[0] - place.prefix_rows])
         if self.feature_normaliser is not None:
             patches = self.feature_normaliser(patches)
         return tokens.view(images, prefix, self.config.width)[:, : len(self.cls_tokens)], patches
@@ -304,7 +306,7 @@ class Student(nn.Module):
             windowed = windows is not None and i not in global_layers
             if windowed and bypass is None:
                 x = reorder(x, windows.enter, windows.leave)
-                bypass, x = x.split([place.prefix_rows, len(x) - place.prefix_rows])
+                bypass, x = x.split([place.prefix_rows, x.shape[0] - place.prefix_rows])
             elif not windowed and bypass is not None:
                 x = reorder(torch.cat([bypass, x]), windows.leave, windows.enter)
                 bypass = None
@@ -358,7 +360,8 @@ class Student(nn.Module):
         return spatial
 
     def _geometry(self, grids: Grids, window: int | None) -> Geometry:
-        return geometry(grids, self.config.prefix_tokens, window, self.patch_embed.weight.device)
+        make = exported_geometry if exporting() else geometry
+        return make(grids, self.config.prefix_tokens, window, self.patch_embed.weight.device)
 
     def _mix(self, batch: PackedBatch, window: int | str | None) -> tuple[Grids, int | None]:
         """(images, h, w) in patches of each group of a batch, and its window, if all is well."""
@@ -461,7 +464,7 @@ def _split(tokens: Tensor, grids: Grids, upsample: int) -> list[Tensor]:
     Rows behind the patches are left out.
     """
     counts = [n * h * w for n, h, w in grids]
-    *parts, _ = tokens.split([*counts, len(tokens) - sum(counts)])
+    *parts, _ = tokens.split([*counts, tokens.shape[0] - sum(counts)])
     found = [part.unflatten(0, grid) for part, grid in zip(parts, grids, strict=True)]
     return [pixel_shuffle(g, upsample) for g in found] if upsample > 1 else found
 

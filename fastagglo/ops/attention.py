@@ -22,6 +22,8 @@ from fastagglo.kernels.tiles import OLDEST_ARCH, capability
 from fastagglo.ops import attention_torch
 from fastagglo.ops.autocast import autocast_enabled
 from fastagglo.ops.backend import resolve
+from fastagglo.ops.exporting import attention as exported_attention
+from fastagglo.ops.exporting import exporting
 from fastagglo.ops.layout import PackedLayout
 
 _BACKENDS = ("torch", "triton", "xformers")
@@ -138,6 +140,10 @@ def _attend(
     elif not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale!r}")
 
+    if exporting():
+        if key_bias is not None and key_bias.dim() == 1:
+            key_bias = key_bias[:, None].expand(-1, q.shape[1])
+        return exported_attention(q, k, v, layout, key_bias, float(scale))
     backend = resolve("packed_attention", q.device, _BACKENDS, {"triton": _why_not_triton(q)})
     if backend == "xformers":
         if key_bias is not None:

@@ -117,20 +117,24 @@ _Run = tuple[int, int, int]  # first row, segments, rows of each segment
 
 
 def _runs(cu_seqlens_cpu: Tensor) -> Iterator[_Run]:
-    """Neighbouring segments of equal length, taken together: one dense batch each.
+    row = 0
+    for count, length in run_lengths(cu_seqlens_cpu.numpy()):
+        yield row, count, length
+        row += count * length
 
-    Equal segments that are not neighbours stay apart: from about 64 rows on, gathering q, k and v
-    costs more than another kernel call.
+
+def run_lengths(boundaries: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(segments, rows of each) of neighbouring segments of equal length: one dense batch each.
+
+    Segments without rows are left out. Equal segments that are not neighbours stay apart: from
+    about 64 rows on, gathering q, k and v costs more than another kernel call.
     """
-    lengths = np.diff(cu_seqlens_cpu.numpy())
+    lengths = np.diff(boundaries)
     lengths = lengths[lengths > 0]
     if lengths.size == 0:
         return
-    row = 0
     for first, end in pairwise([0, *np.flatnonzero(np.diff(lengths)) + 1, lengths.size]):
-        count, length = int(end - first), int(lengths[first])
-        yield row, count, length
-        row += count * length
+        yield int(end - first), int(lengths[first])
 
 
 def _readable(x: Tensor) -> Tensor:

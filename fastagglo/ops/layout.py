@@ -191,6 +191,7 @@ class PackedLayout:
         on_cpu, staged = (torch.from_numpy(boundaries.astype(np.int32)) for _ in range(2))
         device = torch.device(torch.get_default_device() if device is None else device)
         layout = cls(_upload(staged, device), on_cpu, capacity, tile_rows, max_segments)
+        vars(layout)["boundaries"] = boundaries  # an exporter cannot read a tensor's numbers
         if layout.device.type in _KERNEL_DEVICES:
             _ = layout.tiles  # a compiled graph then finds a tensor among its inputs
         return layout
@@ -205,9 +206,14 @@ class PackedLayout:
         return self.cu_seqlens.shape[0] - 1
 
     @cached_property
+    def boundaries(self) -> np.ndarray:
+        """``cu_seqlens`` in NumPy's hands."""
+        return self.cu_seqlens_cpu.numpy()
+
+    @cached_property
     def lengths(self) -> tuple[int, ...]:
         """Rows of each segment."""
-        return tuple(np.diff(self.cu_seqlens_cpu.numpy()).tolist())
+        return tuple(np.diff(self.boundaries).tolist())
 
     @cached_property
     def total(self) -> int:
@@ -368,7 +374,8 @@ class PackedLayout:
         self.cu_seqlens_cpu.copy_(source.cu_seqlens_cpu)
         if "tiles" in vars(self):
             self.tiles.copy_(source.tiles, non_blocking=True)
-        kept = {field.name for field in fields(self)} | {"tiles"}
+        vars(self)["boundaries"] = source.boundaries
+        kept = {field.name for field in fields(self)} | {"tiles", "boundaries"}
         for name in vars(self).keys() - kept:
             del vars(self)[name]
         return self

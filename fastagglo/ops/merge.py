@@ -23,8 +23,9 @@ from fastagglo.kernels import merge as kernel
 from fastagglo.kernels import merge_move as move
 from fastagglo.kernels.merge_plan import Image, Plan, make_plan
 from fastagglo.kernels.tiles import OLDEST_ARCH, capability
-from fastagglo.ops import merge_torch
+from fastagglo.ops import exporting_merge, merge_torch
 from fastagglo.ops.backend import resolve
+from fastagglo.ops.exporting import exporting
 from fastagglo.ops.layout import PackedLayout
 from fastagglo.ops.partition import (
     Grid,
@@ -112,6 +113,8 @@ def merge_tokens(
             looking would stall the stream, a token whose similarity is NaN is never a destination
             of choice and is merged only if ``keep`` leaves no other source.
     """
+    if exporting():
+        return _exported(x, keep, size, metric, partition, grid, protect, layout, stride, seed)
     request = check_merge(x, keep, size, metric, partition, grid, protect, layout, stride, seed)
     channels, lead = x.shape[-1], x.shape[:-1]
     compared = x if metric is None else metric
@@ -165,6 +168,8 @@ def unmerge_tokens(y: Tensor, merged: MergedTokens) -> Tensor:
         ValueError: ``y`` does not start with the shape of the merged tokens, or is elsewhere.
     """
     check_unmerge(y, merged)
+    if exporting():
+        return exporting_merge.unmerge(y, merged)
     unable = {"triton": _why_not_triton(y)}
     triton = resolve("unmerge_tokens", y.device, _BACKENDS, unable) == "triton"
     trail = y.shape[merged.size.dim() :]
@@ -174,6 +179,30 @@ def unmerge_tokens(y: Tensor, merged: MergedTokens) -> Tensor:
         order, starts = merge_torch.group(slot, len(flat))
     out = _Unmerge.apply(flat, slot, order, starts, triton)
     return out.view(*merged.slot.shape, *trail)
+
+
+def _exported(
+    x: Tensor,
+    keep: Keep,
+    size: Tensor | None,
+    metric: Tensor | None,
+    partition: Partition,
+    grid: Grid | None,
+    protect: int,
+    layout: PackedLayout | None,
+    stride: tuple[int, int],
+    seed: int,
+) -> MergedTokens:
+    """What an exporter sees of :func:`merge_tokens`."""
+    if layout is not None or not isinstance(keep, int | torch.SymInt):
+        raise ValueError(
+            "merge_tokens: only (N, L, C) tokens with one keep and no layout can be exported"
+        )
+    # The images are alike, and how many they are may be a symbol: one of them is checked.
+    one = (None if t is None else t[:1] for t in (size, metric))
+    request = check_merge(x[:1], keep, *one, partition, grid, protect, None, stride, seed)
+    cells = request.grids and request.grids[0]
+    return exporting_merge.merge(x, keep, size, metric, partition, cells, protect, request.stride)
 
 
 def _why_not_triton(*tensors: Tensor) -> str | None:

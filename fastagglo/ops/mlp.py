@@ -16,9 +16,10 @@ from numbers import Real
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastagglo.ops import mlp_triton
+from fastagglo.ops import exporting, mlp_triton
 from fastagglo.ops.autocast import autocast_enabled
 from fastagglo.ops.backend import resolve
 from fastagglo.ops.mlp_library import LinearGelu, NormGelu, NormGeluLinear, SharedLinear
@@ -65,6 +66,8 @@ def layer_norm_gelu(
     _check_x(owner, x)
     _check_norm(owner, x, weight, bias, eps)
     tanh = _is_tanh(owner, approximate)
+    if exporting.exporting():
+        return exporting.norm_gelu(x, weight, bias, float(eps), tanh, compute_dtype(x))
     triton = uses_triton(owner, x, norm=True)
     y = NormGelu.apply(_rows(x), weight, bias, float(eps), tanh, compute_dtype(x), triton)
     return y.view(x.shape)
@@ -96,6 +99,9 @@ def linear_bias_gelu(
     _check_x(owner, x)
     _check_linear(owner, x, weight, bias)
     tanh = _is_tanh(owner, approximate)
+    if exporting.exporting():
+        y = F.linear(x, weight, bias)
+        return F.gelu(y, approximate=approximate)
     triton = uses_triton(owner, x, norm=False)
     y = LinearGelu.apply(_rows(x), weight, bias, tanh, compute_dtype(x), triton)
     return y.view(*x.shape[:-1], weight.shape[0])
@@ -204,6 +210,8 @@ def shared_linear(
     _check_x("shared_linear", x)
     for weight, bias in zip(weights, biases, strict=True):
         _check_linear("shared_linear", x, weight, bias)
+    if exporting.exporting():
+        return [F.linear(x, w, b) for w, b in zip(weights, biases, strict=True)]
     found = SharedLinear.apply(_rows(x), compute_dtype(x), len(weights), *weights, *biases)
     return [y.view(*x.shape[:-1], y.shape[1]) for y in found]
 
@@ -216,6 +224,8 @@ def uses_triton(owner: str, x: Tensor, *, norm: bool, strict: bool = True) -> bo
         strict: raise ValueError where a backend was asked for that the op lacks or that cannot run
             it; else, inside a model of which other ops have that backend, run on "torch".
     """
+    if exporting.exporting():
+        return False
     try:
         unable = {"triton": mlp_triton.unable(x, norm)}
         return resolve(owner, x.device, _BACKENDS, unable) == "triton"
@@ -248,6 +258,11 @@ def _step(
 ) -> Tensor:
     dtype = compute_dtype(x)
     out_dtype = dtype if residual is None else torch.promote_types(residual.dtype, dtype)
+    if exporting.exporting():
+        norm = (norm_weight, norm_bias, eps) if normalise else None
+        return exporting.norm_gelu_linear(
+            *(x, norm, weight, bias, residual, tanh, dtype, out_dtype, upsample)
+        )
     # The gradient of x then has both shares, and torch.compile takes no tensor twice.
     skip = residual is x
     keep = not recompute and weight.requires_grad and torch.is_grad_enabled()
