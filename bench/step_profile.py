@@ -32,6 +32,7 @@ from fastagglo.data import make_loader
 from fastagglo.errors import UserError
 from fastagglo.eval import read_metrics
 from fastagglo.train import Trainer, choose_device
+from fastagglo.train.ahead import Ahead
 from fastagglo.train.config import RunConfig
 from fastagglo.train.gpu_meter import GpuMeter
 from fastagglo.train.recipe import parse_arguments
@@ -98,6 +99,10 @@ def profile(config: RunConfig, pairs: int) -> dict[str, Any]:
             device=device,
         )
     )
+    if trainer.ahead:
+        batches = Ahead(
+            batches, trainer._targets, lambda n: trainer.telemetry.phase(n), trainer.device
+        )
 
     def step(telemetry: Telemetry) -> float:
         trainer.telemetry = telemetry

@@ -317,6 +317,9 @@ class RunConfig:
     """Replace a run that is already in the output folder."""
     seed: int = 0
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    teacher_stream: bool = True
+    """On CUDA the teachers see the next batch on a stream of their own, while the student goes
+    backward; takes the memory of one more batch of features."""
     threads: int = 0
     """CPU threads of torch; 0 takes the number of cores."""
     student: StudentSettings = field(default_factory=StudentSettings)

@@ -23,6 +23,7 @@ from fastagglo.model import PackedBatch, WarmStart, save_student, warm_start
 from fastagglo.ops.sharded import whole
 from fastagglo.teachers import Teacher
 from fastagglo.train import run_folder
+from fastagglo.train.ahead import Ahead, Targets
 from fastagglo.train.budget import compiled_run
 from fastagglo.train.cache import FeatureCache
 from fastagglo.train.checkpoint import FORMAT, damaged, load_checkpoint, save_checkpoint
@@ -68,6 +69,8 @@ class Trainer:
             self.teachers = self.cache.teachers
         else:
             self.cache, self.teachers = None, load_teachers(config, device, sample)
+        # On a CPU nothing overlaps.
+        self.ahead = device.type == "cuda" and config.teacher_stream
         self._check_widths()
         _seed(config.seed, 0, 0)  # the student is the same whether teachers were built or not
         self.distiller = self._make_distiller().to(device)
@@ -155,6 +158,8 @@ class Trainer:
                     device=self.device,
                 )
             )
+            if self.ahead:
+                batches = Ahead(batches, self._targets, self.telemetry.phase, self.device)
             if (warm := self.warm_start) is not None:
                 parts = ("copied", "resized", "skipped", "untouched")
                 counts = {part: len(getattr(warm, part)) for part in parts}
@@ -203,12 +208,13 @@ class Trainer:
                     self.skips.update(batch.skipped, len(batch.keys), batch.bad)
                 except UserError as error:
                     raise UserError(f"setting data.max_bad_share: {error}") from error
-            before = teacher_flops(self.teachers)
             with telemetry.phase("teachers"):
-                targets = self._targets(batch.groups)
+                ahead = batches if isinstance(batches, Ahead) else None
+                given = self._targets(batch.groups) if ahead is None else ahead.targets()
+                targets = given.features
                 finite = finite_teachers(targets)
                 verdict.features(finite)
-            flops["teachers"] += teacher_flops(self.teachers) - before
+            flops["teachers"] += given.flops
             self._statistics(targets, finite, first=micro == 0)
             with (
                 telemetry.phase("student"),
@@ -220,6 +226,8 @@ class Trainer:
                 # Micro-steps weigh by their images: the number of them where all are alike.
                 parts = together.images / int(together.counts[:, micro].sum())
                 (output.total / parts).backward()
+            if ahead is not None:
+                ahead.prepare()
             for name, loss in output.teachers.items():
                 losses[name] = losses.get(name, 0.0) + loss / parts
             shapes = [(len(g.student), *g.student.shape[-2:]) for g in batch.groups]
@@ -264,10 +272,13 @@ class Trainer:
         """Whether to stop now; of several ranks, all must know."""
         return self.stop_requested if self.world == 1 else self._stopping
 
-    def _targets(self, groups: Sequence[GroupViews]) -> list[dict[str, Features]]:
+    def _targets(self, groups: Sequence[GroupViews]) -> Targets:
+        before = teacher_flops(self.teachers)
         if self.cache is not None:
-            return self.cache.features(groups)
-        return teacher_features(self.teachers, groups, self.config.teachers)
+            features = self.cache.features(groups)
+        else:
+            features = teacher_features(self.teachers, groups, self.config.teachers)
+        return Targets(features, teacher_flops(self.teachers) - before)
 
     def _forward(self, batch: TrainBatch, targets: list[dict[str, Features]]) -> DistillOutput:
         config, window = self.config, batch.plan.window

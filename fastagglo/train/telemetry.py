@@ -157,7 +157,8 @@ class Telemetry:
 
         "evaluation" is work between steps; its time counts for no interval's throughput. On CUDA
         a phase is timed on the current stream, so "data" is the time that the device waits for
-        data. Phases may be nested: time counts for the innermost.
+        data, and "teachers" that for which the student waits where they have a stream of their
+        own. Phases may be nested: time counts for the innermost.
         """
         if not self.enabled:
             yield
