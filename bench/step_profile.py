@@ -101,7 +101,7 @@ def profile(config: RunConfig, pairs: int) -> dict[str, Any]:
     )
     if trainer.ahead:
         batches = Ahead(
-            batches, trainer._targets, lambda n: trainer.telemetry.phase(n), trainer.device
+            batches, trainer._counted_targets, lambda n: trainer.telemetry.phase(n), trainer.device
         )
 
     def step(telemetry: Telemetry) -> float:

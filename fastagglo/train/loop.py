@@ -159,7 +159,7 @@ class Trainer:
                 )
             )
             if self.ahead:
-                batches = Ahead(batches, self._targets, self.telemetry.phase, self.device)
+                batches = Ahead(batches, self._counted_targets, self.telemetry.phase, self.device)
             if (warm := self.warm_start) is not None:
                 parts = ("copied", "resized", "skipped", "untouched")
                 counts = {part: len(getattr(warm, part)) for part in parts}
@@ -210,7 +210,7 @@ class Trainer:
                     raise UserError(f"setting data.max_bad_share: {error}") from error
             with telemetry.phase("teachers"):
                 ahead = batches if isinstance(batches, Ahead) else None
-                given = self._targets(batch.groups) if ahead is None else ahead.targets()
+                given = ahead.targets() if ahead else self._counted_targets(batch.groups)
                 targets = given.features
                 finite = finite_teachers(targets)
                 verdict.features(finite)
@@ -272,12 +272,14 @@ class Trainer:
         """Whether to stop now; of several ranks, all must know."""
         return self.stop_requested if self.world == 1 else self._stopping
 
-    def _targets(self, groups: Sequence[GroupViews]) -> Targets:
-        before = teacher_flops(self.teachers)
+    def _targets(self, groups: Sequence[GroupViews]) -> list[dict[str, Features]]:
         if self.cache is not None:
-            features = self.cache.features(groups)
-        else:
-            features = teacher_features(self.teachers, groups, self.config.teachers)
+            return self.cache.features(groups)
+        return teacher_features(self.teachers, groups, self.config.teachers)
+
+    def _counted_targets(self, groups: Sequence[GroupViews]) -> Targets:
+        before = teacher_flops(self.teachers)
+        features = self._targets(groups)
         return Targets(features, teacher_flops(self.teachers) - before)
 
     def _forward(self, batch: TrainBatch, targets: list[dict[str, Features]]) -> DistillOutput:
