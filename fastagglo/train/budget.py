@@ -96,6 +96,7 @@ def compiled_run() -> BudgetRun:
 
     Kinds of steps differ in the stage's tokens, in windows or none, in whether the trunk is frozen,
     and in the student or its average: more of them than torch expects of a function by itself.
+    Under DDP torch cuts each graph where a bucket of gradients is full, so that it travels early.
     """
     import torch._dynamo.config as dynamo
 
