@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from fastagglo.data.nvjpeg import Decode, decode_crops, nvjpeg
 from fastagglo.data.plan import TrainBatch, check_int
 from fastagglo.data.stream import CropStream
 from fastagglo.errors import UserError
@@ -59,7 +60,8 @@ def make_loader(
     Raises:
         UserError: what the stream raises, with its own message, also from a worker. Other errors
             of a worker keep their type; their message holds the worker's traceback.
-        TypeError, ValueError: an argument of another kind or out of range.
+        TypeError, ValueError: an argument of another kind or out of range; a stream of encoded
+            crops and a device that is not CUDA.
     """
     start = check_int("start", start, 0)
     stop = check_int("stop", stop, 0)
@@ -68,13 +70,15 @@ def make_loader(
     device = None if device is None else torch.device(device)
     cuda = device is not None and device.type == "cuda"
     batches = _batches(stream, range(start, stop), workers, prefetch, pin or cuda)
+    if stream.encoded and not cuda:
+        raise ValueError(f"a stream of encoded crops needs a CUDA device, got {device}")
     if cuda:
-        return _copied_ahead(batches, device)
+        return _copied_ahead(batches, device, nvjpeg(device) if stream.encoded else None)
     return batches if device is None else (batch.to(device) for batch in batches)
 
 
 def _copied_ahead(
-    batches: Generator[TrainBatch, None, None], device: torch.device
+    batches: Generator[TrainBatch, None, None], device: torch.device, decoder: Decode | None
 ) -> Iterator[TrainBatch]:
     """Batches on a CUDA device, one ahead.
 
@@ -89,7 +93,10 @@ def _copied_ahead(
             if batch is None:
                 return None
             with torch.cuda.stream(copies):
-                return batch.to(device, non_blocking=True), copies.record_event()
+                batch = batch.to(device, non_blocking=True)
+                if decoder is not None:
+                    batch = decode_crops(batch, decoder)
+                return batch, copies.record_event()
         except Exception as error:
             return error
 

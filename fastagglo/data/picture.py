@@ -25,6 +25,9 @@ Scales between them cost more than the whole."""
 _ORIENTED = (b"Exif\0\0", b"tiff:Orientation")
 
 
+_END = b"\xff\xd9"
+
+
 class Picture:
     """An upright RGB image: its size at once, its pixels on demand.
 
@@ -85,6 +88,12 @@ class Picture:
     def decoded(self) -> bool:
         """Whether the pixels are in memory."""
         return self._image is not None
+
+    @property
+    def plain_jpeg(self) -> bytes | None:
+        """The file, if it is a whole JPEG whose pixels lie as they are shown; else None."""
+        whole = self._image is None and self._orientation == 1 and self._data.endswith(_END)
+        return self._data if whole else None
 
     def pixels(self, shrink: int = 1, rows: int | None = None) -> Image | np.ndarray:
         """The pixels at a scale, in the form that costs least.
@@ -148,7 +157,7 @@ def _first_rows(
     """
     height, width = sides
     # Without its end mark a file is broken, and whoever decodes all of it finds out.
-    if rows >= height - height // _WORTH or not data.endswith(b"\xff\xd9"):
+    if rows >= height - height // _WORTH or not data.endswith(_END):
         return data, sides
     at = 2
     while data[at : at + 1] == b"\xff" and at + 9 < len(data):

@@ -117,6 +117,29 @@ class StepPlan:
 
 
 @dataclass(frozen=True)
+class EncodedCrops:
+    """JPEG files that the device decodes, and what it shows of them.
+
+    Attributes:
+        data: the files one after the other, ``(bytes,)`` uint8 on the CPU, wherever the batch is.
+        ends: where each of them ends.
+        rows: of each, its row in the views of the group.
+        places: left, top, width and height of each crop, in the file's pixels.
+        flips: whether each crop is mirrored.
+    """
+
+    data: Tensor
+    ends: tuple[int, ...]
+    rows: tuple[int, ...]
+    places: tuple[tuple[int, int, int, int], ...]
+    flips: tuple[bool, ...]
+
+    def files(self) -> list[Tensor]:
+        """Each file's bytes."""
+        return [self.data[a:b] for a, b in zip((0, *self.ends[:-1]), self.ends, strict=True)]
+
+
+@dataclass(frozen=True)
 class GroupViews:
     """The crops of one group: ``N`` images as the student and as each teacher see them.
 
@@ -134,6 +157,7 @@ class GroupViews:
             Where every teacher of a size has all of its features, its views are not made: they
             have no rows.
         missing: by teacher name, the rows whose features have to be computed.
+        encoded: crops that are still to be decoded, whose rows are zeros; None if there are none.
     """
 
     student: Tensor
@@ -143,6 +167,7 @@ class GroupViews:
     addresses: dict[str, tuple[bytes, ...]] = field(default_factory=dict)
     features: dict[str, Features] = field(default_factory=dict)
     missing: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    encoded: EncodedCrops | None = None
 
 
 @dataclass(frozen=True)

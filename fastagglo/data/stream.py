@@ -6,8 +6,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from math import sqrt
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -21,6 +20,7 @@ from fastagglo.data.order import make_order, sample_generator
 from fastagglo.data.picture import Picture
 from fastagglo.data.plan import (
     MAX_BAD,
+    EncodedCrops,
     GroupPlan,
     GroupViews,
     StepPlan,
@@ -30,6 +30,7 @@ from fastagglo.data.plan import (
 )
 from fastagglo.data.source import Source, file_digest, find_duplicates
 from fastagglo.data.split import check_region, region_start
+from fastagglo.data.variety import first_columns, spread, varies
 from fastagglo.errors import UserError
 
 if TYPE_CHECKING:
@@ -76,7 +77,8 @@ class _Pick(NamedTuple):
     """A photo that is about to be cropped."""
 
     key: str
-    image: Image | np.ndarray  # the pixels that training may see, ``shrink`` times smaller
+    # The pixels that training may see, ``shrink`` times smaller; or a JPEG for the device.
+    image: Image | np.ndarray | bytes
     place: tuple[int, int, int, int]  # of the first box in them, edges moved to whole pixels
     end: int
     shrink: int
@@ -124,6 +126,9 @@ class CropStream(Dataset[TrainBatch]):
             fixed too.
         crop_seed: of the fixed crops. The run's own seed does not touch them.
         reader: gives stored features of the teachers' views of fixed crops.
+        encoded: leave JPEG files to the device (``GroupViews.encoded``): those that are whole and
+            upright. It has nothing to compare or to look at before: not with ``fixed_crops``, with
+            ``Filters.uniform_std`` or with shifts.
 
     Raises:
         UserError: no images in the source; at a step, ``max_attempts`` unusable images in a row.
@@ -148,6 +153,7 @@ class CropStream(Dataset[TrainBatch]):
         fixed_crops: int = 0,
         crop_seed: int = 0,
         reader: FeatureReader | None = None,
+        encoded: bool = False,
     ) -> None:
         if not isinstance(source, Source):
             raise TypeError(f"source must be a Source, got {type(source).__name__}")
@@ -170,6 +176,12 @@ class CropStream(Dataset[TrainBatch]):
         self.reader = reader
         if reader is not None and self.fixed_crops == 0:
             raise ValueError("a reader needs fixed_crops of at least 1, got 0: no crop comes twice")
+        self.encoded = encoded
+        if encoded and (self.fixed_crops or self.filters.uniform_std > 0):
+            raise ValueError(
+                "encoded goes with fixed_crops 0 and filters.uniform_std 0, got "
+                f"{self.fixed_crops} and {self.filters.uniform_std:g}"
+            )
         if len(source) == 0:
             raise UserError("the training source holds no images")
         self._order = make_order(source, self.seed)
@@ -266,9 +278,13 @@ class CropStream(Dataset[TrainBatch]):
         buffers: dict[int, torch.Tensor] = {}
         shifts = np.zeros((len(names), count, 2), dtype=np.float32)
         keys = []
+        waiting: list[tuple[int, _Pick]] = []  # for the device, by row
         stored = StoredViews(names, self.reader) if self.fixed_crops else None
         for row, pick in enumerate(picks):
             keys.append(pick.key)
+            if isinstance(pick.image, bytes):
+                waiting.append((row, pick))
+                continue
             needed = {0} if student else set()
             for slot, name in zip(slots[1:], names, strict=True):
                 if stored is None or not stored.look(
@@ -298,6 +314,7 @@ class CropStream(Dataset[TrainBatch]):
             if shifted
             else {},
             keys=tuple(keys),
+            encoded=_encoded(waiting),
             **({} if stored is None else stored.fields()),
         )
 
@@ -381,6 +398,12 @@ class CropStream(Dataset[TrainBatch]):
     def _shown(self, drawn: _Drawn, group: GroupPlan) -> _Pick:
         """The pixels of an image that training may see; or BadImage."""
         key, picture, end, views, file = drawn
+        if self.encoded:
+            if group.shift_std > 0:
+                raise ValueError(f"encoded goes with shift_std 0, got {group.shift_std:g}")
+            if (data := picture.plain_jpeg) is not None:
+                place = whole(views.boxes[0], end, picture.height)
+                return _Pick(key, data, place, end, 1, views, file)
         most = max(group.size, *group.teachers.values(), 1)
         shrink = picture.shrink(min(views.boxes[0][2:]) / most)
         if end < picture.width and end % shrink:
@@ -394,18 +417,32 @@ class CropStream(Dataset[TrainBatch]):
             seen = min(rows, int(below) + 2)
         else:
             seen = place[1] + place[3]
-        image = _columns(picture.pixels(shrink, seen), columns)
+        image = first_columns(picture.pixels(shrink, seen), columns)
         least = self.filters.uniform_std
-        if least > 0 and not _varies(image, rows, least):
+        if least > 0 and not varies(image, rows, least):
             if isinstance(image, np.ndarray) and len(image) < rows:
-                spread = _spread(_columns(picture.pixels(shrink), columns))
+                found = spread(first_columns(picture.pixels(shrink), columns))
             else:
-                spread = _spread(image)
-            if shrink > 1 and spread < least:  # fewer pixels vary less
-                spread = _spread(_columns(picture.pixels(), end))
-            if spread < least:
-                raise BadImage("uniform", f"standard deviation {spread:.2f}")
+                found = spread(image)
+            if shrink > 1 and found < least:  # fewer pixels vary less
+                found = spread(first_columns(picture.pixels(), end))
+            if found < least:
+                raise BadImage("uniform", f"standard deviation {found:.2f}")
         return _Pick(key, image, place, end, shrink, views, file)
+
+
+def _encoded(picks: list[tuple[int, _Pick]]) -> EncodedCrops | None:
+    if not picks:
+        return None
+    files = [pick.image for _, pick in picks]
+    return EncodedCrops(
+        # One tensor: each that a worker sends is a file that is open until the batch is gone.
+        data=torch.frombuffer(bytearray().join(files), dtype=torch.uint8),  # type: ignore[arg-type]
+        ends=tuple(accumulate(map(len, files))),
+        rows=tuple(row for row, _ in picks),
+        places=tuple(pick.place for _, pick in picks),
+        flips=tuple(pick.views.flip for _, pick in picks),
+    )
 
 
 def _pixels(count: int, side: int) -> torch.Tensor:
@@ -414,69 +451,6 @@ def _pixels(count: int, side: int) -> torch.Tensor:
     So they come out of the resizing. Whoever needs planes makes them after the copy to the device.
     """
     return torch.zeros((count, side, side, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
-
-
-def _columns(image: Image | np.ndarray, count: int) -> Image | np.ndarray:
-    """The first columns of an image."""
-    if isinstance(image, np.ndarray):
-        return image[:, :count]
-    return image if count == image.width else image.crop((0, 0, count, image.height))
-
-
-def _varies(image: Image | np.ndarray, height: int, least: float) -> bool:
-    """Whether a few pixels show that ``_spread`` is at least ``least``. False if they do not.
-
-    Args:
-        image: the first rows of an image, or all of them.
-        height: rows of the whole image.
-        least: a standard deviation.
-    """
-    if not isinstance(image, np.ndarray):
-        return False
-    places, all_places = _few(height, image.shape[1], len(image))
-    if image.flags.c_contiguous:
-        green = image.reshape(-1).take(places[2]).astype(np.int64)
-    else:
-        green = image[places[0], places[1], 1].astype(np.int64)
-    squares = len(green) * int(green @ green) - int(green.sum()) ** 2  # len ** 2 * variance
-    # As if none of the others were away from the mean: together they vary at least so much.
-    return len(green) > 0 and squares >= len(green) * all_places * least**2
-
-
-@lru_cache(maxsize=256)
-def _few(height: int, width: int, present: int) -> tuple[tuple[np.ndarray, ...], int]:
-    """Of the ``_grid`` of an image of which the first rows are present, every 16th pixel in them:
-    rows, columns, places of the green values in memory; and how many pixels the grid has."""
-    rows, columns = _grid(height, width)
-    few = slice(0, int(np.searchsorted(rows, present)), 16)
-    return (rows[few], columns[few], (rows[few] * width + columns[few]) * 3 + 1), len(rows)
-
-
-def _spread(image: Image | np.ndarray) -> float:
-    """The largest standard deviation of a colour channel, from at most 64 x 64 of the pixels."""
-    if isinstance(image, np.ndarray):
-        some = image[_grid(*image.shape[:2])]
-    else:
-        from PIL.Image import Resampling
-
-        size = (min(64, image.width), min(64, image.height))
-        some = np.asarray(image.resize(size, Resampling.NEAREST))
-    # In whole numbers, channel by channel: a tenth of the cost of numpy's std over the last axis.
-    values = np.ascontiguousarray(some.reshape(-1, 3).T, dtype=np.int32)
-    count, total = values.shape[1], values.sum(axis=1, dtype=np.int64)
-    squares = np.einsum("cn,cn->c", values, values)  # below 2 ** 31: 64 * 64 * 255 ** 2
-    return sqrt(int((count * squares.astype(np.int64) - total**2).max())) / count
-
-
-@lru_cache(maxsize=64)
-def _grid(height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows, which rise, and columns of at most 64 x 64 pixels, evenly over an image."""
-    rows, columns = (
-        ((np.arange(count) + 0.5) * (side / count)).astype(np.int64)
-        for side in (height, width)
-        for count in [min(64, side)]
-    )
-    return np.repeat(rows, len(columns)), np.tile(columns, len(rows))
 
 
 def _listed(counts: Mapping[str, int]) -> str:

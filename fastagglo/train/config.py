@@ -159,6 +159,8 @@ class DataSettings:
     """A larger share of unreadable images stops the run."""
     workers: int = 0
     """Worker processes; 0 decodes in the training process."""
+    decoder: Literal["cpu", "nvjpeg"] = "cpu"
+    """nvjpeg: a CUDA device decodes and crops JPEGs, by torchvision; other files come as ever."""
 
 
 @dataclass(frozen=True)
@@ -474,6 +476,14 @@ def check_config(config: RunConfig) -> None:
             "comes twice",
         )
     in_range("data.max_bad_share", data.max_bad_share, 0, 1)
+    if data.decoder == "nvjpeg":
+        for setting, value in (
+            ("data.uniform_std", data.uniform_std),
+            ("data.crops_per_photo", data.crops_per_photo),
+            ("distill.shift_std", config.distill.shift_std),
+        ):
+            if value > 0:
+                refuse(setting, value, "with data.decoder nvjpeg it must be 0")
     in_range("data.workers", data.workers, 0)
     if not 0 < data.crop_scale[0] <= data.crop_scale[1] <= 1:
         refuse(

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from fastagglo.data import CropStream, Filters, Split, build_source
 from fastagglo.data import split as split_source
 from fastagglo.data.fixed import FeatureReader
+from fastagglo.errors import UserError
 from fastagglo.train.config import RunConfig
 from fastagglo.train.schedule import Planner
 
@@ -46,4 +49,14 @@ def crop_stream(
         fixed_crops=settings.crops_per_photo,
         crop_seed=settings.crop_seed,
         reader=reader,
+        encoded=settings.decoder == "nvjpeg",
     )
+
+
+def check_decoder(config: RunConfig, device: torch.device) -> None:
+    """Refuse a decoder that the device has not. Raises UserError."""
+    if config.data.decoder == "nvjpeg" and device.type != "cuda":
+        raise UserError(
+            f"setting data.decoder is 'nvjpeg', which needs a CUDA device, and the run is on "
+            f"{device.type}: use cpu"
+        )

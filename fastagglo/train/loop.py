@@ -32,7 +32,7 @@ from fastagglo.train.distributed import all_agree, is_main, rank_and_world
 from fastagglo.train.evaluation import HeldOut, write_outcome
 from fastagglo.train.gpu_meter import GpuMeter
 from fastagglo.train.graphs import GraphedRun, check_graphs, own_gradients
-from fastagglo.train.inputs import crop_stream, load_split
+from fastagglo.train.inputs import check_decoder, crop_stream, load_split
 from fastagglo.train.optim import build_optimiser, forget, set_learning_rate
 from fastagglo.train.parallel import Parallel
 from fastagglo.train.recipe import save_config
@@ -59,6 +59,7 @@ class Trainer:
 
     def __init__(self, config: RunConfig, device: torch.device, resume: Path | None = None) -> None:
         self.config, self.device = config, device
+        check_decoder(config, device)
         self.rank, self.world = rank_and_world()
         self.parallel = Parallel(config.distributed, device)
         torch.set_num_threads(config.threads or torch.get_num_threads())

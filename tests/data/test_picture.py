@@ -23,7 +23,7 @@ from fastagglo.data import (
 from fastagglo.data.crops import Box, cut, draw_views, render, resize, whole
 from fastagglo.data.order import sample_generator
 from fastagglo.data.picture import Picture
-from fastagglo.data.stream import _spread, _varies
+from fastagglo.data.variety import spread, varies
 from fastagglo.errors import UserError
 
 ORIENTATION = 0x0112
@@ -304,12 +304,14 @@ def test_a_few_pixels_tell_what_all_of_them_would() -> None:
         image = image.clip(0, 255).astype(np.uint8)
         rows = int(random.integers(1, len(image) + 1))
         for least in (1.0, 2.0, 6.0):
-            varies = _varies(image[:rows], len(image), least)
-            assert not varies or _spread(image) >= least
-            told += varies
+            found = varies(image[:rows], len(image), least)
+            assert not found or spread(image) >= least
+            cut = np.hstack([image, image])[:rows, : image.shape[1]]  # of a held-out strip
+            assert varies(cut, len(image), least) == found
+            told += found
     assert told > 150
-    assert not _varies(np.full((64, 64, 3), 9, dtype=np.uint8), 64, 1.0)
-    assert not _varies(np.full((32, 64, 3), 9, dtype=np.uint8), 8000, 1.0)  # no pixel is looked at
+    assert not varies(np.full((64, 64, 3), 9, dtype=np.uint8), 64, 1.0)
+    assert not varies(np.full((32, 64, 3), 9, dtype=np.uint8), 8000, 1.0)  # no pixel is looked at
 
 
 @pytest.mark.parametrize("place", ["above", "below", "in one colour", "nowhere"])

@@ -61,6 +61,17 @@ def test_no_images_in_the_folder(tiny, check_refused):
     check_refused({"data": {"images": [str(empty)]}}, "no images", str(empty), "looked for", "png")
 
 
+def test_nvjpeg_where_it_cannot_be(tiny, check_refused):
+    nvjpeg = {"decoder": "nvjpeg", "uniform_std": 0.0}
+    change = {"device": "cpu", "data": nvjpeg}
+    check_refused(change, "setting data.decoder", "'nvjpeg'", "a CUDA device", "cpu")
+    for setting, value in (("uniform_std", 2.0), ("crops_per_photo", 4)):
+        change["data"] = nvjpeg | {setting: value}
+        check_refused(change, f"setting data.{setting} is {value}", "data.decoder nvjpeg", "0")
+    change = {"device": "cpu", "data": nvjpeg, "distill": {"shift_std": 0.5}}
+    check_refused(change, "setting distill.shift_std is 0.5", "data.decoder nvjpeg")
+
+
 def test_no_image_folder(tiny, check_refused):
     missing = tiny.folder / "missing"
     check_refused({"data": {"images": [str(missing)]}}, str(missing), "does not exist", "builtin")
