@@ -71,8 +71,8 @@ class PackedModel:
 
         Raises:
             TypeError: ``images`` is no list of tensors.
-            ValueError: another shape, or sizes that the model does not take; training with drop
-                path or patch dropout, which are per image; the model was unpatched.
+            ValueError: another shape or dtype, or sizes that the model does not take; training
+                with drop path or patch dropout, which are per image; the model was unpatched.
         """
         return self._run(images, head=True)
 
@@ -85,7 +85,7 @@ class PackedModel:
         _check_images(images)
         self._check_state()
         groups = _groups(images)
-        embedded = [family.embed(model, group.images) for group in groups]
+        embedded = [self._embed(group.images) for group in groups]
         lengths = [x.shape[1] for x, _ in embedded for _ in x]
         x = torch.cat([tokens.flatten(0, 1) for tokens, _ in embedded])[None]
         rope = _joined_rope([(len(tokens), tokens.shape[1], rope) for tokens, rope in embedded])
@@ -105,6 +105,15 @@ class PackedModel:
             for entry, rows in zip(group.entries, group.rows, strict=True):
                 results[entry] = _part(out, rows)
         return results
+
+    def _embed(self, images: Tensor) -> Any:
+        try:
+            return self._family.embed(self.model, images)
+        except AssertionError as error:  # how timm says that it does not take a size
+            h, w = images.shape[-2:]
+            raise ValueError(
+                f"pack: {type(self.model).__name__} does not take images of {h} x {w}: {error}"
+            ) from error
 
     def _check_state(self) -> None:
         model, family = self.model, self._family
@@ -172,6 +181,11 @@ def _check_images(images: Sequence[Tensor]) -> None:
             raise ValueError(
                 f"pack: images must be (C, H, W) or (n, C, H, W), got {tuple(image.shape)} at "
                 f"position {entry}"
+            )
+        if not image.is_floating_point():
+            raise ValueError(
+                f"pack: images must be float, prepared as the model wants them, got {image.dtype} "
+                f"at position {entry}; divide uint8 by 255 and normalise first"
             )
 
 

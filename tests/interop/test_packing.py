@@ -167,6 +167,10 @@ def test_what_a_packed_model_does_not_take(helpers):
         packed(["photo.jpg"])
     with pytest.raises(ValueError, match="empty"):
         packed([])
+    with pytest.raises(ValueError, match=r"must be float.*got torch\.uint8 at position 1"):
+        packed([torch.zeros(3, 28, 28), torch.zeros(3, 28, 28, dtype=torch.uint8)])
+    with pytest.raises(ValueError, match=r"does not take images of 30 x 28.*divisible by patch"):
+        packed([torch.zeros(3, 28, 28), torch.zeros(3, 30, 28)])
     with pytest.raises(ValueError, match=r"got \(28, 28\) at position 0"):
         packed([torch.zeros(28, 28)])
     model.train()
