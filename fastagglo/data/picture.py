@@ -46,6 +46,7 @@ class Picture:
         self._data = data
         self._max_pixels = max_pixels
         self._image: Image | None = None
+        self._pixels: np.ndarray | None = None
         found = _jpeg_header(data)
         if found is None:  # of other formats Pillow knows no cheaper form
             self._set(decode(data, max_pixels=max_pixels))
@@ -56,10 +57,11 @@ class Picture:
         self.width, self.height = (height, width) if self._orientation > 4 else (width, height)
 
     @classmethod
-    def of(cls, image: Image) -> Picture:
-        """A decoded image as a picture."""
+    def of(cls, image: Image, pixels: np.ndarray | None = None) -> Picture:
+        """A decoded image as a picture; ``pixels`` is the same as an array, if there is one."""
         picture = cls.__new__(cls)
         picture._set(image)
+        picture._pixels = pixels
         return picture
 
     def _set(self, image: Image) -> None:
@@ -111,7 +113,7 @@ class Picture:
             BadImage: "corrupt".
         """
         if self._image is not None:
-            return self._image
+            return self._image if self._pixels is None else self._pixels
         if simplejpeg is not None:
             turned = self._orientation > 4
             sides = (self.width, self.height) if turned else (self.height, self.width)

@@ -66,11 +66,15 @@ class Source(ABC):
 
 
 class CachedImages:
-    """The images last used, decoded, up to a number of bytes; the oldest go first."""
+    """The RGB images last used, decoded, up to a number of bytes; the oldest go first.
+
+    An image that is asked for as an array takes three quarters of its bytes once more.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._images: OrderedDict[int, Image] = OrderedDict()
+        self._pixels: dict[int, np.ndarray] = {}
         self._bytes = 0
 
     def get(self, index: int) -> Image | None:
@@ -79,13 +83,22 @@ class CachedImages:
             self._images.move_to_end(index)
         return image
 
+    def pixels(self, index: int) -> np.ndarray | None:
+        """The image as ``(height, width, 3)`` uint8, also kept: a part of it is no copy."""
+        image = self.get(index)
+        if image is not None and index not in self._pixels:
+            self._pixels[index] = np.array(image)
+        return self._pixels.get(index)
+
     def put(self, index: int, image: Image) -> None:
         if index in self._images or self._size(image) > self.capacity:
             return
         self._images[index] = image
         self._bytes += self._size(image)
         while self._bytes > self.capacity:
-            self._bytes -= self._size(self._images.popitem(last=False)[1])
+            oldest, dropped = self._images.popitem(last=False)
+            self._pixels.pop(oldest, None)
+            self._bytes -= self._size(dropped)
 
     @staticmethod
     def _size(image: Image) -> int:

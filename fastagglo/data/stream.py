@@ -417,7 +417,9 @@ class CropStream(Dataset[TrainBatch]):
             seen = min(rows, int(below) + 2)
         else:
             seen = place[1] + place[3]
-        image = first_columns(picture.pixels(shrink, seen), columns)
+        # Pillow's own image is what render() wants.
+        kept = picture.decoded and group.shift_std > 0
+        image = first_columns(picture.image() if kept else picture.pixels(shrink, seen), columns)
         least = self.filters.uniform_std
         if least > 0 and not varies(image, rows, least):
             if isinstance(image, np.ndarray) and len(image) < rows:

@@ -117,6 +117,30 @@ def test_cache_keeps_its_limit_and_drops_the_oldest() -> None:
     assert cache.get(2) is images[2]
 
 
+def test_cache_keeps_an_image_as_an_array_beside_it() -> None:
+    cache = CachedImages(1000)
+    for i in range(2):
+        cache.put(i, Image.new("RGB", (10, 8), (i, 2, 3)))
+    pixels = cache.pixels(0)
+    assert pixels is not None
+    assert pixels.shape == (8, 10, 3)
+    assert pixels[0, 0].tolist() == [0, 2, 3]
+    assert cache.pixels(0) is pixels
+    cache.put(2, Image.new("RGB", (10, 10)))  # drops 1, not 0, which was asked for
+    assert cache.pixels(1) is None
+    cache.put(3, Image.new("RGB", (10, 10)))
+    assert cache.pixels(0) is None  # gone with its image
+    cache.put(0, Image.new("RGB", (10, 8), (9, 9, 9)))
+    assert cache.pixels(0)[0, 0].tolist() == [9, 9, 9]
+
+
+def test_built_in_photos_are_the_same_in_either_form() -> None:
+    source = PhotoSource()
+    picture = source.picture(0)
+    assert np.array_equal(picture.pixels(), np.asarray(picture.image()))
+    assert picture.pixels() is source.picture(0).pixels()  # no copy each time
+
+
 # Folders
 
 
