@@ -162,7 +162,9 @@ class FeatureCache:
         """
         found: list[dict[str, Features]] = [{} for _ in groups]
         for name in self.teachers:
-            for index, features in enumerate(self._of_one(name, groups)):
+            seen = [index for index, group in enumerate(groups) if name in group.teachers]
+            each = self._of_one(name, [groups[index] for index in seen]) if seen else []
+            for index, features in zip(seen, each, strict=True):
                 found[index][name] = features
         return found
 

@@ -27,7 +27,7 @@ from fastagglo.train.evaluation import HeldOut
 from fastagglo.train.feature_store import FeatureStore, relative_error
 from fastagglo.train.inputs import crop_stream, load_split
 from fastagglo.train.recipe import parse_arguments
-from fastagglo.train.schedule import Planner
+from fastagglo.train.schedule import Planner, on_all_ranks
 from fastagglo.train.targets import teacher_features
 from fastagglo.train.teacher_speed import report_of, sample_of
 
@@ -99,7 +99,7 @@ class CacheWork:
         sample = sample_of(config, lambda: data().train)
         self.cache = FeatureCache(config, device, strict=True, sample=sample)
         planner = Planner(
-            config,
+            on_all_ranks(config),
             {name: teacher.spec for name, teacher in self.cache.teachers.items()},
             config.student.patch_size or preset(config.student.preset).patch_size,
         )

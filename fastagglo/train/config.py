@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from fastagglo.errors import UserError
+from fastagglo.errors import UserError, suggestion
 
 # pydantic (which validates recipe files) reads this from each dataclass: unknown keys are errors.
 _STRICT = {"extra": "forbid"}
@@ -173,6 +173,10 @@ class GroupSettings:
     """Images a step, over all ranks and micro-steps."""
     sizes: tuple[int, ...] = (128,)
     """Resolutions in pixels; one is drawn each step."""
+    ranks: tuple[int, int] | None = None
+    """First and last rank that take these images; all ranks if not given."""
+    teachers: tuple[str, ...] | None = None
+    """Names of the teachers that see these images; all if not given."""
 
 
 @dataclass(frozen=True)
@@ -439,6 +443,20 @@ def check_config(config: RunConfig) -> None:
                 refuse(
                     f"{here}.groups.{number}.sizes", (), "give at least one resolution in pixels"
                 )
+            if group.ranks is not None and not 0 <= group.ranks[0] <= group.ranks[1]:
+                refuse(
+                    f"{here}.groups.{number}.ranks",
+                    group.ranks,
+                    "give the first and the last rank, counted from 0",
+                )
+            if group.teachers is not None:
+                _check_group_teachers(f"{here}.groups.{number}", group.teachers, config)
+        for name in config.teachers:
+            if not any(g.teachers is None or name in g.teachers for g in stage.groups):
+                raise UserError(
+                    f"setting {here}.groups has no images for teacher {name!r}; add it to the "
+                    "teachers of a group"
+                )
     if config.stages[0].phi_s_steps == 0 and any(
         t.normaliser != "none" and t.spatial_weight for t in config.teachers.values()
     ):
@@ -546,6 +564,20 @@ def check_config(config: RunConfig) -> None:
     in_range("eval.points", config.eval.points, 0)
     in_range("eval.photos", config.eval.photos, 1)
     in_range("eval.pictures", config.eval.pictures, 0)
+
+
+def _check_group_teachers(here: str, names: tuple[str, ...], config: RunConfig) -> None:
+    for name in names:
+        if name not in config.teachers:
+            raise UserError(
+                f"setting {here}.teachers has {name!r}: the teachers of this run are "
+                f"{', '.join(config.teachers)}" + suggestion(name, config.teachers)
+            )
+    if not names or len(set(names)) < len(names):
+        raise UserError(
+            f"setting {here}.teachers is {names!r}: give one or more different teachers, or leave "
+            "it out for all"
+        )
 
 
 def _without_none(value: Any) -> Any:

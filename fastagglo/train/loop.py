@@ -88,6 +88,9 @@ class Trainer:
         if config.student.graphs:
             check_graphs(device, self.world)
             self.distiller.run = GraphedRun(self.distiller.run)
+        if not is_main() and self.cache is None:  # rank 0 shows all teachers the held-out photos
+            for name in self.teachers.keys() - self.planner.teachers_of_rank():
+                self.teachers[name].tower = nn.Identity()  # its weights are of no use here
         self.warm_start: WarmStart | None = None
         if config.student.init and resume is None:
             source = Path(config.student.init)

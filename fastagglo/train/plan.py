@@ -17,10 +17,10 @@ from fastagglo.errors import UserError, suggestion
 from fastagglo.model import Student, StudentConfig
 from fastagglo.model.cost import VitShape, activation_bytes, student_flops
 from fastagglo.train.budget import mean_images
-from fastagglo.train.config import GroupSettings, RunConfig, TeacherSettings
+from fastagglo.train.config import GroupSettings, RunConfig, StageSettings, TeacherSettings
 from fastagglo.train.costs import teacher_view_flops
 from fastagglo.train.parallel import check_ranks
-from fastagglo.train.schedule import Planner
+from fastagglo.train.schedule import Planner, on_all_ranks
 from fastagglo.train.sharing import model_bytes, sent_bytes
 from fastagglo.train.student import build_student, stated_widths
 from fastagglo.train.teacher_shapes import SHAPES, TeacherShape, known_specs
@@ -198,11 +198,12 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, assumptions: Assumptions) 
     student = _student(config)
     counted = [stage.groups for stage in config.stages if not stage.tokens]
     least = min((sum(group.images for group in groups) for groups in counted), default=math.inf)
+    enough = least >= gpus * config.optimiser.accumulate
     planner = Planner(
-        config,
+        config if enough else on_all_ranks(config),
         known_specs(config),
         student.config.patch_size,
-        gpus if least >= gpus * config.optimiser.accumulate else 1,
+        gpus if enough else 1,
     )
     parameters = _parameters(student)
     stages = tuple(
@@ -268,6 +269,7 @@ def _stage(
         flops = sum(
             count * _mean(group, lambda s: _teacher_flops(settings, known, s, planner, name))  # noqa: B023
             for count, group in groups
+            if group.teachers is None or name in group.teachers
         )
         teachers.append(TeacherCost(name, known.vit.parameters, flops / images))
     rate = gpus * gpu.tflops * 1e12 * given.utilisation
@@ -316,14 +318,38 @@ def _memory(
     shapes: dict[str, TeacherShape], planner: Planner, gpus: int,
 ) -> dict[str, int]:  # fmt: skip
     """Bytes of a GPU by part, at the largest sizes that a step of the stage may draw."""
+    stage, starts = config.stages[index], {0}
+    for group in stage.groups:
+        if group.ranks is not None:
+            starts |= {group.ranks[0], group.ranks[1] + 1} - {gpus}
+    # Ranks between two starts have the same images.
+    batches = (_batch_memory(config, stage, student, shapes, planner, r, gpus) for r in starts)
+    activations, losses, working = max(batches, key=sum)
+    teachers = sum(s.vit.parameters * _weight_bytes(config.teachers[n]) for n, s in shapes.items())
+    return {
+        **model_bytes(config, student, gpus),
+        "teachers": teachers,
+        "teachers at work": round(working),
+        "activations": round(activations),
+        "predictions and targets": round(losses),
+    }
+
+
+def _batch_memory(
+    config: RunConfig, stage: StageSettings, student: Student, shapes: dict[str, TeacherShape],
+    planner: Planner, rank: int, gpus: int,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Bytes on a rank of activations, of predictions and targets, and of a teacher at work."""
     shape = student.config
     bf16 = config.optimiser.precision == "bf16"
-    shares = gpus * config.optimiser.accumulate
-    activations = losses = working = 0
-    stage = config.stages[index]
+    activations = losses = working = 0.0
     counts = mean_images(stage, config, shape.patch_size, largest=True)
     for images, group in zip(counts, stage.groups, strict=True):
-        here, size = images / shares, max(group.sizes)
+        first, last = group.ranks or (0, gpus - 1)
+        if not first <= rank <= last:
+            continue
+        here = images / ((last - first + 1) * config.optimiser.accumulate)
+        size = max(group.sizes)
         if not stage.tokens:
             here = math.ceil(here)
         activations += here * activation_bytes(
@@ -335,21 +361,14 @@ def _memory(
             cells = patches * spec.upsample**2
             losses += here * cells * (spec.spatial or 0) * (2 * (2 if bf16 else 4))
             known = shapes.get(name)
-            if known is None:
+            if known is None or (group.teachers is not None and name not in group.teachers):
                 continue
             choice = max(planner.teacher_sizes(name, size))
             rows = (choice // known.vit.patch) ** 2
             wide = BYTES[config.teachers[name].dtype]
             losses += here * rows * (spec.spatial or 0) * wide
             working = max(working, here * rows * _working(known.vit) * wide)
-    teachers = sum(s.vit.parameters * _weight_bytes(config.teachers[n]) for n, s in shapes.items())
-    return {
-        **model_bytes(config, student, gpus),
-        "teachers": teachers,
-        "teachers at work": round(working),
-        "activations": round(activations),
-        "predictions and targets": round(losses),
-    }
+    return activations, losses, working
 
 
 def _weight_bytes(settings: TeacherSettings) -> int:

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import math
 from array import array
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,7 +21,7 @@ from fastagglo.model.config import preset
 from fastagglo.teachers import TeacherSpec
 from fastagglo.train.assignment import idle_share, spread
 from fastagglo.train.budget import fill, image_tokens, stage_budgets
-from fastagglo.train.config import EMA_VIEW, RunConfig
+from fastagglo.train.config import EMA_VIEW, RunConfig, StageSettings
 from fastagglo.train.costs import ImageCosts
 
 
@@ -56,8 +56,9 @@ class Planner:
 
     Micro-step ``i`` is number ``i % accumulate`` of optimiser step ``i // accumulate``; the draws
     (resolutions, teacher sizes, window) are the same on all ranks and micro-steps of a step. Where
-    the images of every group can be divided evenly, ranks do equal work; where they cannot, images
-    are spread by what they cost (`fastagglo.train.assignment`).
+    the images of every group can be divided evenly, ranks do equal work; where they cannot, or
+    groups have ranks of their own, images are spread by what they cost
+    (`fastagglo.train.assignment`).
 
     Args:
         config: the run.
@@ -67,9 +68,10 @@ class Planner:
         rank: the one to plan for.
 
     Raises:
-        UserError: a step has fewer images than ranks and micro-steps; an image does not fit a
-            stage's tokens; a resolution is no multiple of the student's patch; no window divides
-            the images of any stage; a teacher does not accept a size.
+        UserError: a step has fewer images than ranks and micro-steps, or a rank has none; a
+            group's ranks are not among the run's; an image does not fit a stage's tokens; a
+            resolution is no multiple of the student's patch; no window divides the images of any
+            stage; a teacher does not accept a size.
     """
 
     def __init__(
@@ -103,8 +105,14 @@ class Planner:
                 )
             for number, group in enumerate(stage.groups):
                 here = f"stages.{index}.groups.{number}"
+                if group.ranks is not None and group.ranks[1] >= world:
+                    raise UserError(
+                        f"setting {here}.ranks is {group.ranks}: the ranks of this run are 0 to "
+                        f"{world - 1}; start more with torchrun, or change it"
+                    )
                 for size in group.sizes:
                     self._check_student_size(f"{here}.sizes", size)
+            self._check_ranks(index, stage)
         for size in config.eval.sizes:
             self._check_student_size("eval.sizes", size)
         self.budgets = stage_budgets(config, patch_size, self.shares)
@@ -146,22 +154,49 @@ class Planner:
 
     def _whole(self, step: int) -> WholeStep:
         config = self.config
+        stage = config.stages[config.stage_at(step)[0]]
         sizes, images, rng = self._images(step)
         draws = {name: rng.random() for name in self.specs}
         groups = tuple(
-            self._group(size, count, draws, config.distill.shift_std)
-            for size, count in zip(sizes, images, strict=True)
+            self._group(size, count, draws, config.distill.shift_std, group.teachers)
+            for size, count, group in zip(sizes, images, stage.groups, strict=True)
         )
-        window = self._window(sizes, rng)
-        shape = (len(groups), config.optimiser.accumulate, self.world)
-        if not any(count % self.shares for count in images):
-            each = (np.array(images) // self.shares)[:, None, None]
+        return self._spread(groups, self._window(sizes, rng), self._bins(stage))
+
+    def teachers_of_rank(self) -> set[str]:
+        """The teachers that see images of this rank in some stage."""
+        return {
+            name
+            for stage in self.config.stages
+            for group in stage.groups
+            if group.ranks is None or group.ranks[0] <= self.rank <= group.ranks[1]
+            for name in (self.specs if group.teachers is None else group.teachers)
+        }
+
+    def _bins(self, stage: StageSettings) -> list[np.ndarray] | None:
+        """Which shares (a rank's part of a micro-step) may have images of each group.
+
+        None: all of all groups.
+        """
+        if all(group.ranks is None for group in stage.groups):
+            return None
+        first = self.world * np.arange(self.config.optimiser.accumulate)
+        ranks = [group.ranks or (0, self.world - 1) for group in stage.groups]
+        return [np.add.outer(first, np.arange(a, b + 1)).ravel() for a, b in ranks]
+
+    def _spread(
+        self, groups: tuple[GroupPlan, ...], window: int | None, bins: list[np.ndarray] | None
+    ) -> WholeStep:
+        shape = (len(groups), self.config.optimiser.accumulate, self.world)
+        images = np.array([group.count for group in groups])
+        if bins is None and not (images % self.shares).any():
+            each = (images // self.shares)[:, None, None]
             return WholeStep(groups, window, np.broadcast_to(each, shape), 0.0)
         if self._costs is None:
-            self._costs = ImageCosts(config, self.specs)
+            self._costs = ImageCosts(self.config, self.specs)
         costs = [self._costs(group, window) for group in groups]
-        bins = [range(self.shares)] * len(groups)
-        counts = spread(costs, images, bins, self.shares).reshape(shape)
+        allowed = [range(self.shares)] * len(groups) if bins is None else bins
+        counts = spread(costs, images.tolist(), allowed, self.shares).reshape(shape)
         idle = idle_share(np.einsum("gmr,g->mr", counts, costs))
         return WholeStep(groups, window, counts, idle)
 
@@ -221,10 +256,17 @@ class Planner:
         return plans
 
     def _group(
-        self, size: int, count: int, draws: Mapping[str, float], shift_std: float
+        self,
+        size: int,
+        count: int,
+        draws: Mapping[str, float],
+        shift_std: float,
+        teachers: Collection[str] | None = None,
     ) -> GroupPlan:
         views = {}
         for name in self.specs:
+            if teachers is not None and name not in teachers:
+                continue
             choices = self.teacher_sizes(name, size)
             views[name] = choices[int(draws[name] * len(choices))]
         if self.config.distill.mesa_weight > 0 and shift_std > 0:
@@ -267,6 +309,25 @@ class Planner:
                 f"setting {setting} has {size}: the position table ends at {limit} pixels; raise "
                 "student.max_resolution"
             )
+
+    def _check_ranks(self, index: int, stage: StageSettings) -> None:
+        """Whether every rank can have an image in every micro-step."""
+        bins = self._bins(stage)
+        if bins is None:
+            return
+        here = f"setting stages.{index}.groups"
+        if missing := sorted(set(range(self.world)) - {int(b) for part in bins for b in part}):
+            raise UserError(
+                f"{here}: rank {missing[0]} of {self.world} is in no group's ranks; give it one, "
+                "or start fewer ranks"
+            )
+        try:
+            spread([1.0] * len(bins), [g.images for g in stage.groups], bins, self.shares)
+        except ValueError as error:
+            raise UserError(
+                f"{here}: too few images for the ranks that they are for; every rank needs one in "
+                "every micro-step (optimiser.accumulate): give more images, or other ranks"
+            ) from error
 
     def _check_windows(self) -> None:
         student = self.config.student
@@ -317,3 +378,15 @@ def eval_steps(config: RunConfig) -> list[int]:
     if points == 1:
         return [total]
     return sorted({round(total * i / (points - 1)) for i in range(points)})
+
+
+def on_all_ranks(config: RunConfig) -> RunConfig:
+    """A run whose groups are for all ranks: what is planned or cached without them."""
+    stages = tuple(
+        dataclasses.replace(
+            stage,
+            groups=tuple(dataclasses.replace(group, ranks=None) for group in stage.groups),
+        )
+        for stage in config.stages
+    )
+    return dataclasses.replace(config, stages=stages)

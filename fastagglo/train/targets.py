@@ -61,7 +61,7 @@ def teacher_features(
     groups: Sequence[GroupViews],
     settings: Mapping[str, TeacherSettings],
 ) -> list[dict[str, Features]]:
-    """Each teacher's features of each image group.
+    """Each teacher's features of each image group that it has views of.
 
     Groups that a teacher sees at the same size go through it in one call; a mosaic teacher sees
     groups of small images as tiles of its own input size, and then has spatial features only.
@@ -70,6 +70,8 @@ def teacher_features(
     for name, teacher in teachers.items():
         by_size: dict[int, list[int]] = {}
         for index, group in enumerate(groups):
+            if name not in group.teachers:
+                continue
             by_size.setdefault(group.teachers[name].shape[-1], []).append(index)
         for size, members in by_size.items():
             views = [groups[index].teachers[name] for index in members]

@@ -91,10 +91,10 @@ def wide(features: Features) -> Features:
     )
 
 
-def rank_batches(steps: Steps, rank: int, world: int) -> list[TrainBatch]:
-    trainer = steps.trainer
-    planner = Planner(trainer.config, trainer.planner.specs, 16, world, rank)
-    stream = crop_stream(trainer.config, trainer.data, planner)
+def rank_batches(trainer: Trainer, chosen: Settings, rank: int, world: int) -> list[TrainBatch]:
+    config = config_from_dict(chosen, "test")
+    planner = Planner(config, trainer.planner.specs, 16, world, rank)
+    stream = crop_stream(config, trainer.data, planner)
     return [stream[step] for step in range(STEPS)]
 
 
@@ -131,7 +131,7 @@ def main(rank: int, world: int, folder: Path) -> None:
     chosen = json.loads((folder / "settings.json").read_text())
     (folder / f"rank{rank}").mkdir()
     steps = Steps(chosen, folder / f"rank{rank}")
-    torch.save(steps.run(rank_batches(steps, rank, world)), folder / f"{rank}.pt")
+    torch.save(steps.run(rank_batches(steps.trainer, chosen, rank, world)), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -166,7 +166,7 @@ def check_equal(world: int, chosen: Settings, alone: Settings, folder: Path) -> 
     (folder / "alone").mkdir()
     one = Steps(alone, folder / "alone")
     planner = Planner(config_from_dict(chosen, "test"), one.trainer.planner.specs, 16, world)
-    parts = [rank_batches(one, rank, world) for rank in range(world)]
+    parts = [rank_batches(one.trainer, chosen, rank, world) for rank in range(world)]
     batches = [
         joined(list(each), planner.whole(step).counts[:, 0])
         for step, each in enumerate(zip(*parts, strict=True))
@@ -191,8 +191,32 @@ def check_equal(world: int, chosen: Settings, alone: Settings, folder: Path) -> 
         assert got == pytest.approx(value, rel=1e-5)  # summed over ranks in float32
 
 
+def partitioned(photos: Path) -> Settings:
+    """Two ranks with small images for one teacher, one with others for both, and a rank with large
+    ones for the other teacher; two images may go to any rank."""
+    groups = [
+        {"images": 5, "sizes": [32], "ranks": [0, 1], "teachers": ["hog"]},
+        {"images": 2, "sizes": [48], "ranks": [2, 2]},
+        {"images": 1, "sizes": [80, 96], "ranks": [3, 3], "teachers": ["lite0"]},
+        {"images": 2, "sizes": [32], "teachers": ["hog"]},
+    ]
+    chosen = settings(photos)
+    chosen["stages"][0]["groups"] = groups
+    chosen["distill"]["balance"] = "uncertainty"
+    return chosen
+
+
 def test_uneven_ranks(photos: Path, tmp_path: Path) -> None:
     check_equal(2, settings(photos), settings(photos), tmp_path)
+
+
+def test_partitions(photos: Path, tmp_path: Path) -> None:
+    """Four ranks of three partitions do the step of one process on all their images."""
+    chosen = partitioned(photos)
+    alone = json.loads(json.dumps(chosen))
+    for group in alone["stages"][0]["groups"]:
+        group.pop("ranks", None)
+    check_equal(4, chosen, alone, tmp_path)
 
 
 if __name__ == "__main__":
