@@ -28,6 +28,7 @@ from fastagglo.train import (
     plan_command,
     recipe_names,
 )
+from fastagglo.train.recipe import config_from_dict
 from fastagglo.train.schedule import Planner
 from fastagglo.train.targets import load_teachers
 
@@ -108,7 +109,7 @@ def test_python_runs_as_it_stands(
 def test_there_are_blocks_of_each_kind() -> None:
     assert len(blocks("python")) >= 4
     assert len(blocks("sh")) >= 4
-    assert len(blocks("toml")) == 1
+    assert len(blocks("toml")) == 2
     assert sum(block.count("# (") for block in blocks("python")) >= 5
 
 
@@ -137,6 +138,22 @@ def test_the_recipe_builds_and_plans(recipe: RunConfig) -> None:
             # As the comment says: patch 14 at 0.875 of the size has the student's grid.
             assert group.teachers["dino"] // 14 == group.size // 16
             assert group.teachers["clip"] == 224
+
+
+def test_the_partitions_plan(recipe: RunConfig) -> None:
+    groups = tomllib.loads(blocks("toml")[1])["groups"]
+    changed = recipe.to_dict()
+    changed["stages"] = [changed["stages"][0] | {"groups": groups}]
+    changed["student"]["max_resolution"] = 1024
+    config = config_from_dict(changed, "partitions")
+    grey = (0.5, 0.5, 0.5)
+    specs = {
+        name: TeacherSpec(name, size, patch, patch, grey, grey, summary, spatial)
+        for name, (size, patch, summary, spatial) in TEACHERS.items()
+    }
+    planner = Planner(config, specs, 16, world=128, rank=127)
+    assert [group.size for group in planner(0).groups] == [1024]
+    assert planner.teachers_of_rank() == {"sam"}
 
 
 def commands() -> list[list[str]]:

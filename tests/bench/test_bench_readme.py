@@ -38,7 +38,9 @@ def test_commands_of_the_suites(arguments: list[str], monkeypatch: pytest.Monkey
     assert name == ("compare" if "--compare" in arguments else "run")
 
 
-@pytest.mark.parametrize("module", ["static", "peers_attention", "merge_quality", "tome", "step"])
+@pytest.mark.parametrize(
+    "module", ["static", "peers_attention", "merge_quality", "ranks", "tome", "step"]
+)
 def test_commands_of_the_others(module: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = commands(f"python -m bench.{module}")
     assert found

@@ -230,6 +230,33 @@ def test_a_teacher_without_features_for_a_group_is_left_out_of_it():
     assert set(found.teachers) == {"a", "b"}
 
 
+@pytest.mark.parametrize("balance", ["fixed", "uncertainty", "adaloss", "ratio"])
+def test_a_head_without_a_target_gets_gradients_of_zero(balance: str):
+    """Not None: under DDP other ranks would wait for them."""
+    distiller = make(balance=balance)
+    distiller.observe(targets())
+    distiller.refresh(settle=True)
+    ours = targets()
+    output = distiller(
+        batch(),
+        [{"b": ours[0]["b"]}, {"a": Features(None, ours[1]["a"].spatial)}],
+        [{}, {}],
+    )
+    assert set(output.teachers) == {"a", "b"}
+    output.total.backward()
+    heads = distiller.student.heads
+    for part in (heads.spatial["a"], heads.spatial["b"]):
+        assert all(parameter.grad.abs().max() > 0 for parameter in part.parameters())
+    for parameter in heads.summary["a"].parameters():
+        assert parameter.grad is not None
+        assert not parameter.grad.any()
+
+    # A teacher that is not there at all has a loss of zero.
+    lonely = make(balance=balance)(batch(), [{"b": group["b"]} for group in ours], [{}, {}])
+    assert float(lonely.teachers["a"]) == 0
+    assert float(lonely.teachers["b"]) > 0
+
+
 def test_mesa_adds_the_distance_to_the_average_student():
     distiller = make(mesa_weight=0.5).eval()
     distiller.observe(targets())

@@ -8,10 +8,12 @@ import itertools
 import numpy as np
 import pytest
 
+from fastagglo.errors import UserError
 from fastagglo.train import load_recipe
 from fastagglo.train.assignment import idle_share, spread
-from fastagglo.train.config import GroupSettings, RunConfig
-from fastagglo.train.schedule import Planner
+from fastagglo.train.config import GroupSettings, RunConfig, check_config
+from fastagglo.train.plan import Assumptions, make_plan
+from fastagglo.train.schedule import Planner, on_all_ranks
 from fastagglo.train.teacher_shapes import known_specs
 
 
@@ -195,3 +197,73 @@ class TestPlanner:
         whole = Planner(config, known_specs(config), 16, world=2).whole(0)
         assert whole.images == 5
         assert whole.tokens(10) == 3 * (4 + 10) + 2 * (16 + 10)
+
+
+def partitioned(config: RunConfig, *groups: GroupSettings, accumulate: int = 1) -> RunConfig:
+    stage = dataclasses.replace(config.stages[-1], steps=3, phi_s_steps=1, groups=groups)
+    optimiser = dataclasses.replace(config.optimiser, accumulate=accumulate)
+    return dataclasses.replace(config, stages=(stage,), optimiser=optimiser)
+
+
+SMALL = GroupSettings(images=40, sizes=(256,), ranks=(0, 3), teachers=("siglip2", "dinov3"))
+LARGE = GroupSettings(images=6, sizes=(768, 1152), ranks=(4, 6), teachers=("sam3",))
+ANYWHERE = GroupSettings(images=5, sizes=(384,))
+
+
+class TestPartitions:
+    def planner(self, *groups: GroupSettings, rank: int = 0, **options: int) -> Planner:
+        config = partitioned(load_recipe("c-radio-v4-h"), *groups, **options)
+        check_config(config)
+        return Planner(config, known_specs(config), 16, 7, rank)
+
+    def test_ranks_have_their_own_images_and_teachers(self) -> None:
+        seen: list[int] = []
+        for micro in range(2):
+            for rank in range(7):
+                planner = self.planner(SMALL, LARGE, ANYWHERE, rank=rank, accumulate=2)
+                plan = planner(2 + micro)
+                seen += range(plan.start, plan.start + plan.images)
+                for group in plan.groups:
+                    if group.size == 256:
+                        assert rank <= 3
+                        assert set(group.teachers) == {"siglip2", "dinov3", "ema"}
+                    elif group.size > 384:
+                        assert rank >= 4
+                        assert set(group.teachers) == {"sam3", "ema"}
+                    else:
+                        assert set(group.teachers) == {"siglip2", "dinov3", "sam3", "ema"}
+        assert seen == list(range(51, 102))  # all of the second step's, once
+        whole = planner.whole(1)
+        assert whole.counts.sum(axis=(1, 2)).tolist() == [40, 6, 5]
+        assert whole.idle > 0
+
+    def test_a_rank_needs_its_teachers_only(self) -> None:
+        found = [self.planner(SMALL, LARGE, rank=rank).teachers_of_rank() for rank in (3, 4)]
+        assert found == [{"siglip2", "dinov3"}, {"sam3"}]
+
+    def test_a_rank_in_no_range_is_refused(self) -> None:
+        far = dataclasses.replace(LARGE, ranks=(5, 6))
+        with pytest.raises(UserError, match=r"stages\.0\.groups: rank 4 of 7 is in no group's"):
+            self.planner(SMALL, far)
+
+    def test_too_few_images_for_a_range_are_refused(self) -> None:
+        few = dataclasses.replace(LARGE, images=2)
+        with pytest.raises(UserError, match=r"stages\.0\.groups: too few images for the ranks"):
+            self.planner(SMALL, few)
+        self.planner(SMALL, few, ANYWHERE)  # others may fill up
+
+    def test_a_plan_knows_of_them(self) -> None:
+        config = partitioned(load_recipe("c-radio-v4-h"), SMALL, LARGE)
+        alike = on_all_ranks(config)
+        plans = [make_plan(c, 7, "h100", Assumptions()).stages[0] for c in (config, alike)]
+        sam = [next(t.flops for t in plan.teachers if t.name == "sam3") for plan in plans]
+        every = make_plan(
+            partitioned(config, *(dataclasses.replace(g, teachers=None) for g in (SMALL, LARGE))),
+            7,
+            "h100",
+            Assumptions(),
+        ).stages[0]
+        assert sam[0] == sam[1] < next(t.flops for t in every.teachers if t.name == "sam3")
+        # Large images on three of seven ranks: two each, and the others wait.
+        assert plans[0].memory["activations"] > plans[1].memory["activations"]
+        assert plans[0].seconds["uneven ranks"] > plans[1].seconds["uneven ranks"]

@@ -151,6 +151,19 @@ def one_group(**group: object) -> dict:
         (one_group(sizes=[8]), ["stages.0.groups.1.sizes", "8", "16 and 32 would do"]),
         (one_group(sizes=[128]), ["stages.0.groups.1.sizes", "128", "student.max_resolution"]),
         ({"eval": {"sizes": [72]}}, ["eval.sizes", "72", "64 and 80 would do"]),
+        (one_group(ranks=[2, 1]), ["stages.0.groups.1.ranks is (2, 1)", "first and the last rank"]),
+        (one_group(ranks=[-1, 1]), ["stages.0.groups.1.ranks is (-1, 1)", "counted from 0"]),
+        (one_group(ranks=[0, 1]), ["stages.0.groups.1.ranks is (0, 1)", "0 to 0", "torchrun"]),
+        (one_group(ranks=[0]), ["stages.0.groups.1.ranks"]),
+        (one_group(teachers=["hgo"]), ["stages.0.groups.1.teachers has 'hgo'", "hog"]),
+        (one_group(teachers=[]), ["stages.0.groups.1.teachers is ()", "leave it out for all"]),
+        (
+            {
+                "stages": [{"phi_s_steps": 2, "groups": [{"teachers": ["hog"]}]}],
+                "teachers": {"lite0": {"model": "efficientnet-lite0"}},
+            },
+            ["stages.0.groups has no images for teacher 'lite0'"],
+        ),
         (
             {"student": {"patch_size": 14}},
             ["stages.0.groups.0.sizes", "32", "28 and 42 would do"],

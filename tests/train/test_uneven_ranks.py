@@ -131,7 +131,9 @@ def main(rank: int, world: int, folder: Path) -> None:
     chosen = json.loads((folder / "settings.json").read_text())
     (folder / f"rank{rank}").mkdir()
     steps = Steps(chosen, folder / f"rank{rank}")
-    torch.save(steps.run(rank_batches(steps.trainer, chosen, rank, world)), folder / f"{rank}.pt")
+    found = steps.run(rank_batches(steps.trainer, chosen, rank, world))
+    weights = {n: len(list(t.tower.parameters())) for n, t in steps.trainer.teachers.items()}
+    torch.save(found | {"weights": weights}, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -160,7 +162,9 @@ def losses(folder: Path) -> list[dict[str, float]]:
     return [row["loss"] for row in rows if row["kind"] == "train"]
 
 
-def check_equal(world: int, chosen: Settings, alone: Settings, folder: Path) -> None:
+def check_equal(
+    world: int, chosen: Settings, alone: Settings, folder: Path
+) -> list[dict[str, Any]]:
     """The steps of ``chosen`` on some ranks are those of ``alone`` on the joined batches."""
     found = run_ranks(world, chosen, folder)
     (folder / "alone").mkdir()
@@ -189,6 +193,7 @@ def check_equal(world: int, chosen: Settings, alone: Settings, folder: Path) -> 
                 torch.testing.assert_close(got, value, rtol=0, atol=bound, msg=name)
     for got, value in zip(losses(folder / "rank0"), losses(folder / "alone"), strict=True):
         assert got == pytest.approx(value, rel=1e-5)  # summed over ranks in float32
+    return found
 
 
 def partitioned(photos: Path) -> Settings:
@@ -216,7 +221,9 @@ def test_partitions(photos: Path, tmp_path: Path) -> None:
     alone = json.loads(json.dumps(chosen))
     for group in alone["stages"][0]["groups"]:
         group.pop("ranks", None)
-    check_equal(4, chosen, alone, tmp_path)
+    found = check_equal(4, chosen, alone, tmp_path)
+    # Ranks 1 and 0 have no images for this teacher; rank 0 needs it for held-out photos.
+    assert [rank["weights"]["lite0"] > 0 for rank in found] == [True, False, True, True]
 
 
 if __name__ == "__main__":
