@@ -449,6 +449,12 @@ def check_config(config: RunConfig) -> None:
                     group.ranks,
                     "give the first and the last rank, counted from 0",
                 )
+            if group.ranks is not None and stage.tokens:
+                refuse(
+                    f"{here}.groups.{number}.ranks",
+                    group.ranks,
+                    "a stage with a number of tokens fills all ranks alike; leave one of them out",
+                )
             if group.teachers is not None:
                 _check_group_teachers(f"{here}.groups.{number}", group.teachers, config)
         for name in config.teachers:

@@ -155,6 +155,10 @@ def one_group(**group: object) -> dict:
         (one_group(ranks=[-1, 1]), ["stages.0.groups.1.ranks is (-1, 1)", "counted from 0"]),
         (one_group(ranks=[0, 1]), ["stages.0.groups.1.ranks is (0, 1)", "0 to 0", "torchrun"]),
         (one_group(ranks=[0]), ["stages.0.groups.1.ranks"]),
+        (
+            {"stages": [{"phi_s_steps": 2, "tokens": 400, "groups": [{"ranks": [0, 0]}]}]},
+            ["stages.0.groups.0.ranks is (0, 0)", "tokens", "leave one of them out"],
+        ),
         (one_group(teachers=["hgo"]), ["stages.0.groups.1.teachers has 'hgo'", "hog"]),
         (one_group(teachers=[]), ["stages.0.groups.1.teachers is ()", "leave it out for all"]),
         (
