@@ -99,11 +99,16 @@ def radio() -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda code: code.splitlines()[1])
 def test_python_runs_as_it_stands(
-    code: str, demo_student: Path, monkeypatch: pytest.MonkeyPatch
+    code: str,
+    demo_student: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(demo_student)
     checked = run_block(code)
     assert checked == sum(1 for text in comments(code).values() if re.match(r"# \(\d", text))
+    if "of {len(right)} digits" in code:  # of ten kinds
+        assert int(capsys.readouterr().out.partition("%")[0]) > 30
 
 
 def test_there_are_blocks_of_each_kind() -> None:

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import skimage.data
+import timm
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -192,6 +193,19 @@ def test_the_bridge_to_a_language_model(tmp_path: Path) -> None:
         assert torch.equal(torch.from_numpy(mask), wanted["mask"])
         assert mask.sum() == 2 * min(49, size[0] * size[1] // 256)
         torch.testing.assert_close(torch.from_numpy(embeddings), wanted["embeddings"], **CLOSE)
+
+
+@torch.no_grad()
+def test_a_patched_model_of_timm() -> None:
+    vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=64, depth=2).eval()
+    images = photos(64, 64)
+    wanted = vit(images)
+    assert not fastagglo.patch(vit).left
+    sizes = ({0: torch.export.Dim("batch", min=1)},)
+    program = torch.export.export(vit, (images,), dynamic_shapes=sizes).run_decompositions({})
+    assert not [n for n in program.graph.nodes if "fastagglo" in str(n.target)]
+    for batch in (images, images[:1]):
+        torch.testing.assert_close(program.module()(batch), wanted[: len(batch)], **CLOSE)
 
 
 def test_some_heads_alone(student: Student) -> None:
