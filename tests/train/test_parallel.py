@@ -83,6 +83,8 @@ def settings(photos: str) -> dict[str, Any]:
 class Joined(Dataset[TrainBatch]):
     """The batches of some of the four ranks as one."""
 
+    encoded = False  # pixels, not files
+
     def __init__(self, trainer: Trainer, ranks: range) -> None:
         config, specs = trainer.config, trainer.planner.specs
         patch = trainer.planner.patch_size
