@@ -3,6 +3,7 @@
 Importing it takes no GPU, no network, and no package but torch, triton and numpy.
 """
 
+import importlib
 from importlib.metadata import version
 from typing import Any
 
@@ -32,8 +33,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in _INTEROP:
-        from fastagglo import interop
-
-        return getattr(interop, name)
+    if name == "interop" or name in _INTEROP:
+        interop = importlib.import_module("fastagglo.interop")
+        return interop if name == "interop" else getattr(interop, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,25 +29,44 @@ def nvjpeg(device: torch.device) -> Decode:
         UserError: torchvision is not installed.
     """
     io = require("torchvision.io", extra="train", purpose="decoding by nvJPEG")
-    return lambda files: io.decode_jpeg(files, mode=io.ImageReadMode.RGB, device=device)
+
+    def decoded(files: list[Tensor]) -> list[Tensor]:
+        # It decodes on a stream of its own, which does not wait for this one, into memory that
+        # this one's last kernels may still read.
+        torch.cuda.current_stream(device).synchronize()
+        return io.decode_jpeg(files, mode=io.ImageReadMode.RGB, device=device)
+
+    return decoded
 
 
 def decode_crops(batch: TrainBatch, decoder: Decode) -> TrainBatch:
     """Fill in the views that a batch has as files.
 
     A crop's edges lie on whole pixels, and it is resized as on the CPU, to within a colour. A file
-    that cannot be decoded is counted, and its row shows what the next good row shows.
+    that cannot be decoded is counted, and its row shows what the next good row shows, of its group
+    or, resized, of another.
 
     Args:
         batch: on a device; its views are written to.
         decoder: for that device.
 
     Raises:
-        UserError: no file of a group can be decoded.
+        UserError: no file of the batch can be decoded.
     """
-    skipped, bad, groups = Counter(batch.skipped), list(batch.bad), []
-    for group in batch.groups:
-        groups.append(group if group.encoded is None else _group(group, decoder, skipped, bad))
+    skipped, bad = Counter(batch.skipped), list(batch.bad)
+    found = [
+        group if group.encoded is None else _group(group, decoder, skipped, bad)
+        for group in batch.groups
+    ]
+    if not (whole := [group for group in found if group is not None and group.keys]):
+        raise UserError(
+            f"none of the {len(batch.keys)} images of a batch can be decoded, for example "
+            f"{batch.keys[0]!r}; mend the data"
+        )
+    groups = [
+        _shown(group, whole[0]) if new is None else new
+        for group, new in zip(batch.groups, found, strict=True)
+    ]
     return replace(
         batch,
         groups=groups,
@@ -59,7 +78,8 @@ def decode_crops(batch: TrainBatch, decoder: Decode) -> TrainBatch:
 
 def _group(
     group: GroupViews, decoder: Decode, skipped: Counter[str], bad: list[tuple[str, str]]
-) -> GroupViews:
+) -> GroupViews | None:
+    """The group with its views, or None if none of its files can be decoded."""
     crops = group.encoded
     views = list({id(view): view for view in (group.student, *group.teachers.values())}.values())
     broken = []
@@ -79,16 +99,22 @@ def _group(
     keys = list(group.keys)
     good = sorted(set(range(len(keys))) - set(broken))
     if broken and not good:
-        raise UserError(
-            f"none of the {len(keys)} images of a group can be decoded, for example {keys[0]!r}; "
-            "mend the data"
-        )
+        return None
     for row in broken:
         other = next((g for g in good if g > row), good[0] if good else row)
         keys[row] = keys[other]
         for view in views:
             view[row] = view[other]
     return replace(group, keys=tuple(keys), encoded=None)
+
+
+def _shown(group: GroupViews, other: GroupViews) -> GroupViews:
+    """The group with the first image of another in all its rows."""
+    part = other.student[:1].float()
+    for view in {id(view): view for view in (group.student, *group.teachers.values())}.values():
+        resized = interpolate(part, view.shape[2:], mode="bilinear", antialias=True)
+        view.copy_(resized.round_().clamp_(0, 255).expand(view.shape))
+    return replace(group, keys=other.keys[:1] * len(group.keys), encoded=None)
 
 
 def _images(files: list[Tensor], decoder: Decode, device: torch.device) -> list[Tensor | None]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from fastagglo.interop.radio_names import (
     report,
 )
 from fastagglo.model import Student, StudentConfig
+from fastagglo.model.io import apart
 
 __all__ = [
     "RadioMismatch",
@@ -263,7 +265,7 @@ def _write(
 ) -> None:
     safetensors = require("safetensors", extra="train", purpose="save_radio")
     save_file = require("safetensors.torch", extra="train", purpose="save_radio").save_file
-    state = {name: t.cpu().contiguous() for name, t in state.items()}
+    state = apart(state)
     known = {"config": config.to_dict(), "heads": heads}
     try:
         save_file(state, path, {"format": "pt", METADATA: json.dumps(known)})
@@ -313,7 +315,11 @@ def _build(
             values |= entry.read({name: read(name) for name in entry.names}, own)
     student.load_state_dict(values, strict=not wrong, assign=True)
     if wrong and values:
-        student.to(next(iter(values.values())).device)
+        first = next(iter(values.values()))
+        student.to(first.device)
+        for name, value in student.state_dict(keep_vars=True).items():
+            if name not in values and value.is_floating_point():
+                value.data = value.data.to(first.dtype)
     return student.requires_grad_(True).eval()
 
 
@@ -367,9 +373,12 @@ def open_weights(path: Path, device: torch.device | str) -> _File:
         index = path / "model.safetensors.index.json"
         names = ["model.safetensors", "pytorch_model.bin"]
         if index.exists():
-            parts = sorted(
-                set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-            )
+            try:
+                parts = sorted(
+                    set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+                )
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index} cannot be read as an index: {error!r}") from error
             return _safetensors([path / part for part in parts], device, args)
         for name in names:
             if (path / name).exists():
@@ -405,7 +414,9 @@ def _torch_file(path: Path, device: torch.device | str, args: dict[str, Any]) ->
     try:
         # Training arguments are a Namespace, which is data; no other class is let in.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            content = torch.load(
+                path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)
+            )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
         raise UserError(

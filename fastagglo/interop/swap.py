@@ -74,7 +74,18 @@ def qualified(module: nn.Module) -> str:
 
 def plain(linear: nn.Module) -> bool:
     """Whether a layer is a Linear whose weight can be read in its place: no hook, no adapter."""
-    return type(linear) in _LINEAR and not (linear._forward_hooks or linear._forward_pre_hooks)
+    return type(linear) in _LINEAR and not watched(linear)
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether others take part in a module's call: by hooks, or a forward of the object's own."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in vars(module)
+    )
 
 
 _LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)

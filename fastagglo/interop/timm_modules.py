@@ -22,7 +22,7 @@ from fastagglo.interop.attend import (
     refuse_segments,
     segments_of,
 )
-from fastagglo.interop.swap import Swapped
+from fastagglo.interop.swap import Swapped, watched
 
 # The widest head of the kernels: beyond it a bias written into the head gains nothing.
 WIDEST = 128
@@ -34,8 +34,7 @@ class _TimmSelfAttention(Swapped):
     def _where(self, x: Tensor, mask: Any, options: dict[str, Any]) -> Segments | None:
         """How packed attention sees this call, or None if timm's own code must take it."""
         dropped = self.training and self.attn_drop.p > 0
-        watched = self.attn_drop._forward_hooks or self.attn_drop._forward_pre_hooks
-        if dropped or watched or options.get("is_causal"):
+        if dropped or watched(self.attn_drop) or options.get("is_causal"):
             refuse_segments(mask, "dropout of attention weights, hooks on it or is_causal")
             return None
         return segments_of(x, mask)

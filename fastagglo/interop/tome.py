@@ -134,12 +134,14 @@ class _Stage(NamedTuple):
             None: no such embedding, or the model's own.
         slots: (N, original L), where each original token is now; None: in its own place.
         patches: how many there were.
+        address: of the tokens that belong to it; 0 where nobody can say (compiled).
     """
 
     size: Tensor | None
     rope: Tensor | None
     slots: Tensor | None
     patches: int
+    address: int = 0
 
 
 @dataclass(eq=False)
@@ -209,6 +211,11 @@ class _TomeBlock(Swapped):
             patches = x.shape[1] - plan.prefix
             plan.stages[0] = _Stage(None, None, None, patches)
         stage = plan.stages[index]
+        if index and _in_backward() and stage.address != x.data_ptr():
+            raise ValueError(
+                "tome: a checkpointed block is computed again for its gradients after another call "
+                "of the model; call backward after each forward, or turn checkpointing off"
+            )
         rope, options = _own_rope(options) if stage.rope is None else (stage.rope, options)
         if stage.rope is not None:
             options = _with_rope(options, stage.rope)
@@ -223,10 +230,16 @@ class _TomeBlock(Swapped):
         out = getattr(self, names.mlp)(getattr(self, names.norm2)(x))
         x = x + _scaled(self, names.after2, out)
         if index + 1 < plan.depth:
-            plan.stages[index + 1] = stage
+            address = 0 if torch.compiler.is_compiling() else x.data_ptr()
+            plan.stages[index + 1] = stage._replace(address=address)
         elif not torch.is_grad_enabled():
             plan.stages.clear()
         return x if index + 1 < plan.depth else _unmerged(x, stage)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is at work, which runs checkpointed blocks again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _merge(

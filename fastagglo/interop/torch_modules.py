@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastagglo.interop import transformers_modules
 from fastagglo.interop.attend import Segments, attend_qkv, refuse_segments, segments_of
-from fastagglo.interop.swap import Swapped, plain, qualified
+from fastagglo.interop.swap import Swapped, plain, qualified, watched
 from fastagglo.ops import gelu_linear_residual
 
 
@@ -105,7 +105,8 @@ class Mlp(Swapped):
         form = gelu_form(getattr(self, act))
         rest = [getattr(self, name) for name in others]
         dropped = self.training and any(isinstance(y, nn.Dropout) and y.p > 0 for y in rest)
-        if form is None or dropped or not plain(layer):
+        skipped = (getattr(self, act), *rest)  # their calls are left out
+        if form is None or dropped or not plain(layer) or any(map(watched, skipped)):
             return super().forward(x)
         hidden = getattr(self, first)(x)
         return gelu_linear_residual(hidden, layer.weight, layer.bias, approximate=form)

@@ -48,7 +48,7 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     values = {"format": FORMAT, "model_type": MODEL_TYPE, **student.config.to_dict()}
     config = json.dumps(values, indent=2) + "\n"
-    state = {name: t.detach().cpu().contiguous() for name, t in student.state_dict().items()}
+    state = apart(student.state_dict())
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _replace(
@@ -58,6 +58,17 @@ def save_student(student: Student, folder: str | os.PathLike[str]) -> None:
         _replace(folder / CONFIG, lambda path: Path(path).write_text(config, encoding="utf-8"))
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot save the student to {folder}: {error}") from error
+
+
+def apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors on the CPU, none in the memory of another, as safetensors wants them."""
+    found, taken = {}, set()
+    for name, tensor in state.items():
+        tensor = tensor.detach().cpu().contiguous()
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place in taken else tensor
+        taken.add(place)
+    return found
 
 
 def load_student(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> Student:

@@ -64,10 +64,9 @@ class Student(nn.Module):
 
         self.patch_embed = nn.Linear(3 * config.patch_size**2, width, bias=config.patch_bias)
         # By name, so that a warm start with other teachers moves each CLS token to its new slot.
-        tokens = {name: nn.Parameter(torch.empty(width)) for name in config.cls_names}
-        # torch sorts a plain dict, so the tokens of the heads lie in alphabetical order, as in
-        # every student saved so far; an OrderedDict keeps the order of `cls`.
-        self.cls_tokens = nn.ParameterDict(OrderedDict(tokens) if config.cls else tokens)
+        tokens = ((name, nn.Parameter(torch.empty(width))) for name in config.cls_names)
+        # torch sorts a plain dict; an OrderedDict keeps the heads' order.
+        self.cls_tokens = nn.ParameterDict(OrderedDict(tokens))
         self.registers = nn.Parameter(torch.empty(config.registers, width))
         for parameter in (self.patch_embed.weight, self.registers, *self.cls_tokens.values()):
             nn.init.trunc_normal_(parameter, std=0.02)

@@ -122,7 +122,7 @@ class Teacher(nn.Module):
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         self.seen: Counter[tuple[int, int]] = Counter()
         self.feature_errors: dict[str, float] = {}
-        self._flops: dict[tuple[int, int], int] = {}
+        self._flops: dict[tuple[int, int], int | None] = {}
         self._counted: list[nn.Module] = []  # in a list: no part of this module
         self.eval()
 
@@ -192,8 +192,8 @@ class Teacher(nn.Module):
             try:
                 hollow = self._counted[0] if self._counted else _hollow(self.tower)
                 self._flops[size] = _count_flops(hollow, height, width)
-            except RuntimeError:
-                return None
+            except Exception:  # whatever a tower raises about tensors that have no data
+                self._flops[size] = None
         return self._flops[size]
 
     def count_as_is(self) -> None:

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import uuid
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -438,7 +439,7 @@ def _read_note(path: Path) -> dict[str, Any] | None:
 
 
 def _write_note(path: Path, known: dict[str, Any]) -> None:
-    partial = path.with_name(f"{path.stem}.{os.getpid()}.partial")
+    partial = path.with_name(f"{path.stem}.{uuid.uuid4().hex}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.write_text(json.dumps(known, indent=1))

@@ -397,6 +397,8 @@ def check_config(config: RunConfig) -> None:
             )
         if teacher.spatial_loss == "angular":
             refuse(f"{here}.spatial_loss", "angular", "the angular loss is for summaries")
+        if teacher.mosaic and teacher.spatial_weight == 0:
+            refuse(f"{here}.mosaic", True, "a mosaic gives spatial features only: spatial_weight")
         if teacher.keep_float32 and teacher.dtype == "float32":
             refuse(
                 f"{here}.keep_float32",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import time
+import uuid
 import warnings
 import zlib
 from collections import OrderedDict
@@ -236,7 +237,7 @@ class FeatureStore:
     def _write(self, addresses: Sequence[bytes], tensors: Parts) -> Path:
         name = blake2b(b"".join(addresses), digest_size=16).hexdigest()
         path = self.folder / f"{name}{_SUFFIX}"
-        partial = self.folder / f"{name}.{os.getpid()}.partial"
+        partial = self.folder / f"{name}.{uuid.uuid4().hex}.partial"
         save = require("safetensors.torch", extra="train", purpose="the feature cache").save
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -62,6 +63,18 @@ class GpuMeter:
     def restart(self) -> None:
         """Begin an interval."""
         self._energy, self._at = self._total_energy(), time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside belongs to no interval."""
+        energy, began = self._total_energy(), time.perf_counter()
+        try:
+            yield
+        finally:
+            after = self._total_energy()
+            if self._energy is not None and energy is not None and after is not None:
+                self._energy += after - energy
+            self._at += time.perf_counter() - began
 
     def read(self, images: float) -> dict[str, Any]:
         """What the interval so far has cost, and begin another; empty where there is no GPU.

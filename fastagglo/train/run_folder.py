@@ -23,7 +23,7 @@ _OURS = (CONFIG_FILE, METRICS, STUDENT, AVERAGE, PICTURES, REPORT, TENSORBOARD, 
 # between a checkpoint and the run that goes on from it.
 _FREE = (
     *("recipe", "out", "resume", "overwrite", "device", "threads", "log", "data.workers"),
-    *("cache.folder", "cache.store", "student.checkpoint_blocks"),
+    *("cache.folder", "cache.store", "student.checkpoint_blocks", "teacher_stream"),
     *("distributed.strategy", "distributed.shard", "distributed.reduce"),
 )
 

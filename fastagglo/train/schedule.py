@@ -69,9 +69,9 @@ class Planner:
 
     Raises:
         UserError: a step has fewer images than ranks and micro-steps, or a rank has none; a
-            group's ranks are not among the run's; an image does not fit a stage's tokens; a
-            resolution is no multiple of the student's patch; no window divides the images of any
-            stage; a teacher does not accept a size.
+            group's images are no multiple of the micro-steps; its ranks are not among the run's;
+            an image does not fit a stage's tokens; a resolution is no multiple of the student's
+            patch; no window divides the images of any stage; a teacher does not accept a size.
     """
 
     def __init__(
@@ -105,6 +105,11 @@ class Planner:
                 )
             for number, group in enumerate(stage.groups):
                 here = f"stages.{index}.groups.{number}"
+                if group.images % config.optimiser.accumulate and not stage.tokens:
+                    raise UserError(
+                        f"setting {here}.images is {group.images}: micro-steps are alike, so give "
+                        f"a multiple of optimiser.accumulate ({config.optimiser.accumulate})"
+                    )
                 if group.ranks is not None and group.ranks[1] >= world:
                     raise UserError(
                         f"setting {here}.ranks is {group.ranks}: the ranks of this run are 0 to "
@@ -174,15 +179,11 @@ class Planner:
         }
 
     def _bins(self, stage: StageSettings) -> list[np.ndarray] | None:
-        """Which shares (a rank's part of a micro-step) may have images of each group.
-
-        None: all of all groups.
-        """
+        """Which ranks may have images of each group; None: all of all groups."""
         if all(group.ranks is None for group in stage.groups):
             return None
-        first = self.world * np.arange(self.config.optimiser.accumulate)
         ranks = [group.ranks or (0, self.world - 1) for group in stage.groups]
-        return [np.add.outer(first, np.arange(a, b + 1)).ravel() for a, b in ranks]
+        return [np.arange(a, b + 1) for a, b in ranks]
 
     def _spread(
         self, groups: tuple[GroupPlan, ...], window: int | None, bins: list[np.ndarray] | None
@@ -195,8 +196,10 @@ class Planner:
         if self._costs is None:
             self._costs = ImageCosts(self.config, self.specs)
         costs = [self._costs(group, window) for group in groups]
-        allowed = [range(self.shares)] * len(groups) if bins is None else bins
-        counts = spread(costs, images.tolist(), allowed, self.shares).reshape(shape)
+        allowed = [range(self.world)] * len(groups) if bins is None else bins
+        # Micro-steps are alike, so that each weighs the same in the step's loss.
+        each = spread(costs, (images // shape[1]).tolist(), allowed, self.world)
+        counts = np.broadcast_to(each[:, None], shape)
         idle = idle_share(np.einsum("gmr,g->mr", counts, costs))
         return WholeStep(groups, window, counts, idle)
 
@@ -322,7 +325,8 @@ class Planner:
                 "or start fewer ranks"
             )
         try:
-            spread([1.0] * len(bins), [g.images for g in stage.groups], bins, self.shares)
+            micro = self.config.optimiser.accumulate
+            spread([1.0] * len(bins), [g.images // micro for g in stage.groups], bins, self.world)
         except ValueError as error:
             raise UserError(
                 f"{here}: too few images for the ranks that they are for; every rank needs one in "

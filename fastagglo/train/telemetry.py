@@ -168,7 +168,11 @@ class Telemetry:
             self._open[-1].marks.append(now)
         self._open.append(_Span(name, now))
         try:
-            yield
+            if name == EVALUATION and self._meter is not None:
+                with self._meter.paused():
+                    yield
+            else:
+                yield
         finally:
             now = _mark()
             span = self._open.pop()

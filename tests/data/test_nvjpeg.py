@@ -140,14 +140,32 @@ def test_a_broken_file_is_counted_and_its_row_shows_another() -> None:
         assert view[row].float().std() > 5
 
 
-def test_a_group_of_broken_files_ends_the_run() -> None:
+def test_a_group_of_broken_files_shows_another_groups_photo() -> None:
+    bad = broken(PhotoSource().image(0))
+    plan = StepPlan((GroupPlan(48, 1, {"a": 64}), GroupPlan(32, 2), GroupPlan(8, 0)))
+    batch = CropStream(Photos(bad, count=2), lambda step: plan, seed=0, encoded=True)
+    step = next(i for i in range(20) if batch[i].keys[0] == "photo2")
+    found = decode_crops(batch[step], library)
+    assert found.keys[0] == found.keys[1] != "photo2"
+    assert found.skipped == {"corrupt": 1}
+    alone, others, _ = found.groups
+    assert alone.student.shape == (1, 3, 48, 48)
+    whole = others.student[:1].float()
+    for view in (alone.student, alone.teachers["a"]):
+        right = torch.nn.functional.interpolate(
+            whole, view.shape[2:], mode="bilinear", antialias=True
+        )
+        assert (view - right).abs().max() <= 0.5
+
+
+def test_a_batch_of_broken_files_ends_the_run() -> None:
     class Broken(Photos):
         def __init__(self) -> None:
             self.files = [broken(PhotoSource().image(0))] * 2
 
     plan = StepPlan((GroupPlan(32, 2),))
     batch = CropStream(Broken(), lambda step: plan, seed=0, encoded=True)[0]
-    with pytest.raises(UserError, match="none of the 2 images of a group"):
+    with pytest.raises(UserError, match="none of the 2 images of a batch"):
         decode_crops(batch, library)
 
 

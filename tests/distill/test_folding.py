@@ -82,13 +82,13 @@ def test_a_folded_run_is_the_run_with_rotated_targets(
     optimiser: str, photos: Tensor, features: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = distiller(features)
-    assert model._folded_rotations()
+    assert model._folded_rotations(always=False)
     assert model._normaliser("hog").rotation is None
     folded = losses(model, optimiser, photos, features)
     # Every target is rotated instead, as the paper's formula has it.
     monkeypatch.setattr(module, "ROTATION_FREE", ())
     model = distiller(features)
-    assert not model._folded_rotations()
+    assert not model._folded_rotations(always=False)
     assert model._normaliser("hog").rotation is not None
     unfolded = losses(model, optimiser, photos, features)
     # Rounding, grown over 100 steps: 1e-13 at most was seen. (A rotation in fp32 would give 1e-7.)
@@ -115,7 +115,7 @@ def test_the_rotation_is_applied_where_the_loss_sees_it(
     model = distiller(features, loss=kind)
     sees_it = kind in ("smooth_l1", "cosine_smooth_l1")
     assert (model._normaliser("hog").rotation is not None) == sees_it
-    assert bool(model._folded_rotations()) != sees_it
+    assert bool(model._folded_rotations(always=False)) != sees_it
     found = loss_of(model, photos, features, 0)
     monkeypatch.setattr(module, "ROTATION_FREE", ())
     rotated = loss_of(distiller(features, loss=kind), photos, features, 0)

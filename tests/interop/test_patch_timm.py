@@ -266,6 +266,20 @@ def test_adapters_and_hooks_are_not_passed_by(order, helpers):
     model(x)
     assert [y.shape[-1] for y in seen] == [21, 32]
 
+    seen = []
+    model, x = create("dinov2", helpers)
+    before = model(x)
+    fastagglo.patch(model)
+    own = model.blocks[0].mlp.fc2.forward  # as accelerate replaces it
+    model.blocks[0].mlp.fc2.forward = lambda y: own(y) + 1
+    model.blocks[1].mlp.act.register_forward_hook(lambda *a: seen.append(a[2]))
+    assert not torch.allclose(model(x), before, atol=1e-3)
+    assert len(seen) == 1
+    fastagglo.unpatch(model)
+    model.blocks[1].mlp.forward = model.blocks[1].mlp.forward
+    (left,) = fastagglo.patch(model).left[-1:]
+    assert (left.name, left.what[:38]) == ("blocks.1.mlp", "its object has a forward of its own (a")
+
 
 def test_an_mlp_keeps_less_for_its_backward(helpers):
     model, _ = create("dinov2", helpers)

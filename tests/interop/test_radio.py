@@ -428,6 +428,32 @@ class TestFiles:
         student.train()(photos(48, 64))["sam3"].spatial[0].sum().backward()
         assert student.positions.table.grad.isfinite().all()
 
+    def test_a_hub_file_of_before_zip(self, tmp_path: Path) -> None:
+        content = {"state_dict": self.state, "args": published.arguments(self.version)}
+        torch.save(content, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+        student = fastagglo.load(tmp_path / "old.pth", num_heads=16)
+        assert torch.equal(student(photos(48, 64))["dino_v3"].spatial[0], self.want())
+
+    def test_tensors_in_the_memory_of_others(self, tmp_path: Path) -> None:
+        state = dict(self.state)
+        state["input_conditioner.norm_std"] = state["input_conditioner.norm_mean"]
+        student = from_radio(state, published.arguments(self.version), num_heads=16)
+        save_radio(student, tmp_path / "radio.safetensors")
+        again = to_radio(fastagglo.load(tmp_path / "radio.safetensors"))
+        assert torch.equal(again["input_conditioner.norm_std"], state["input_conditioner.norm_std"])
+
+    def test_a_broken_index(self, tmp_path: Path) -> None:
+        (tmp_path / "model.safetensors.index.json").write_text('{"weight_map"')
+        with pytest.raises(UserError, match=r"model\.safetensors\.index\.json cannot be read"):
+            fastagglo.load(tmp_path)
+
+    def test_what_is_left_out_has_the_dtype_of_the_rest(self) -> None:
+        state = {name: value.bfloat16() for name, value in self.state.items()}
+        del state["base_model.patch_generator.embedder.weight"]
+        arguments = published.arguments(self.version)
+        student = from_radio(state, arguments, num_heads=16, strict=False)
+        assert {p.dtype for p in student.parameters()} == {torch.bfloat16}
+
     def test_a_folder_of_remote_code(self, tmp_path: Path) -> None:
         state = fill(folder(self.version))
         config = {"args": published.arguments(self.version), "auto_map": {"AutoModel": "x--y.Z"}}

@@ -256,6 +256,9 @@ def test_checkpointed_blocks_find_their_tokens_again(helpers):
     plain = helpers.run(lambda: model(x), model, x)
     model.set_grad_checkpointing()
     helpers.same(plain, helpers.run(lambda: model(x), model, x), 1e-6)
+    both = model(x).sum() + model(2 * x).sum()
+    with pytest.raises(ValueError, match="after another call of the model; call backward"):
+        both.backward()
 
 
 @pytest.mark.parametrize("name", ["dinov3", "hf dinov3"])

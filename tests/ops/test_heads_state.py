@@ -202,9 +202,17 @@ class TestErrors:
         twice = checkpoint() | {"_heads.sam3.fc1.bias": torch.ones(9)}
         with pytest.raises(ValueError, match="are the same parameter"):
             load(twice)
-        unlike = {**v2("_heads.a", (6, 7, 5), 1), **v2("_feature_projections.a", (6, 7, 5), 2)}
-        with pytest.raises(ValueError, match="'a' must have the same blocks, got 1 and 2"):
+        unlike = {
+            **v2("_heads.a", (6, 7, 5), 1, pre_norm=True),
+            **v2("_feature_projections.a", (6, 7, 5), 1),
+        }
+        with pytest.raises(ValueError, match="'a' must have the same pre_norm, got True and False"):
             load(unlike)
+
+    def test_blocks_may_differ(self) -> None:
+        state = {**v2("_heads.a", (6, 7, 5), 1), **v2("_feature_projections.a", (6, 7, 5), 2)}
+        spec = AdaptorHeads.from_state_dict(state).specs["a"]
+        assert (spec.blocks, spec.summary_blocks) == (2, 1)
 
     def test_version(self) -> None:
         with pytest.raises(ValueError, match=r"version must be one of \('v1', 'v2'\), got 'v3'"):

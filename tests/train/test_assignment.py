@@ -130,7 +130,7 @@ def plans(config: RunConfig, world: int, micro_step: int) -> list:
 
 
 class TestPlanner:
-    @pytest.mark.parametrize(("images", "world", "accumulate"), [((13, 3), 5, 1), ((20, 2), 3, 4)])
+    @pytest.mark.parametrize(("images", "world", "accumulate"), [((13, 3), 5, 1), ((20, 4), 5, 2)])
     def test_each_image_of_a_run_is_seen_once(
         self, images: tuple[int, int], world: int, accumulate: int
     ) -> None:
@@ -207,7 +207,7 @@ def partitioned(config: RunConfig, *groups: GroupSettings, accumulate: int = 1) 
 
 SMALL = GroupSettings(images=40, sizes=(256,), ranks=(0, 3), teachers=("siglip2", "dinov3"))
 LARGE = GroupSettings(images=6, sizes=(768, 1152), ranks=(4, 6), teachers=("sam3",))
-ANYWHERE = GroupSettings(images=5, sizes=(384,))
+ANYWHERE = GroupSettings(images=6, sizes=(384,))
 
 
 class TestPartitions:
@@ -232,9 +232,10 @@ class TestPartitions:
                         assert set(group.teachers) == {"sam3", "ema"}
                     else:
                         assert set(group.teachers) == {"siglip2", "dinov3", "sam3", "ema"}
-        assert seen == list(range(51, 102))  # all of the second step's, once
+        assert seen == list(range(52, 104))  # all of the second step's, once
         whole = planner.whole(1)
-        assert whole.counts.sum(axis=(1, 2)).tolist() == [40, 6, 5]
+        assert whole.counts.sum(axis=(1, 2)).tolist() == [40, 6, 6]
+        assert np.array_equal(whole.counts[:, 0], whole.counts[:, 1])  # each weighs the same
         assert whole.idle > 0
 
     def test_a_rank_needs_its_teachers_only(self) -> None:

@@ -185,6 +185,10 @@ def one_group(**group: object) -> dict:
         ({"teachers": {"hog": {"summary_weight": 1.0}}}, ["teachers.hog.summary_weight", "to 0"]),
         ({"teachers": {"hog": {"spatial_width": 7}}}, ["teachers.hog.spatial_width is 7", "36"]),
         ({"optimiser": {"accumulate": 5}}, ["stages.0.groups has 4 images", "at least 5"]),
+        (
+            {"optimiser": {"accumulate": 4}},
+            ["stages.0.groups.0.images is 2", "a multiple of optimiser.accumulate (4)"],
+        ),
         ({"student": {"init": "nowhere"}}, ["student.init", "nowhere", "does not exist"]),
         ({"student": {"max_resolution": 8}}, ["student", "max_resolution", "patch_size=16"]),
         ({"student": {"depth": 0}}, ["student.depth is 0", "at least 1"]),

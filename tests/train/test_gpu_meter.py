@@ -121,6 +121,19 @@ def test_energy_is_that_of_the_interval(nvml, monkeypatch):
     assert meter.read(1) == {}
 
 
+def test_evaluations_belong_to_no_interval(nvml, monkeypatch):
+    clock = [10.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    meter = GpuMeter(CUDA)
+    with meter.paused():
+        nvml.joules += 5000
+        clock[0] += 60.0
+    nvml.joules += 1200
+    clock[0] += 2.0
+    found = meter.read(images=600)
+    assert (found["power_w"], found["joules_per_image"]) == (600.0, 2.0)
+
+
 def test_what_a_gpu_does_not_support_is_left_out(nvml, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
