@@ -130,9 +130,7 @@ def patch(model: nn.Module, *, attention: bool = True, mlp: bool = True) -> Patc
                 plan = _Plan(_POOLING)
         of_transformers = qualified(module) in transformers_modules.ATTENTIONS
         if plan.change is not None and not of_transformers and "forward" in vars(module):
-            plan = _Plan(
-                "the object has a forward of its own (a hook of accelerate, a monkey patch)"
-            )
+            plan = _Plan("its object has a forward of its own (accelerate, a monkey patch)")
         if plan.change is not None:
             plan.change(module)
         where = left if plan.change is None else patched

@@ -112,7 +112,7 @@ def test_a_plain_backbone_has_one_cls_token() -> None:
     assert list(on_meta("tiny", heads=HEADS).cls_tokens) == ["clip", "sam"]
     heads = {"siglip": HeadSpec(summary=4), "dino": HeadSpec(summary=4)}
     with torch.device("meta"):
-        student = Student(StudentConfig(heads=heads))
+        student = Student(dataclasses.replace(PRESETS["tiny"], heads=heads))
     assert list(student.cls_tokens) == ["siglip", "dino"]  # a head reads the token of its name
 
 
