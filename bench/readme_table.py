@@ -51,6 +51,7 @@ ROWS = (
     ("step", "demo", "a training step, cached features", PLAIN),
     ("step", "demo-uncached", "with its teachers", PLAIN),
     ("step", "demo-wide", "wider teachers", PLAIN),
+    ("step", "radio-mix", "RADIO's mix", PLAIN),
     ("data", "small", "JPEGs of 500 x 375 to 224 px", JPEG),
     ("data", "large", "JPEGs of 2000 x 1500 to 224 px", JPEG),
     ("teachers", "efficientnet", "EfficientNet teacher, 8 x 192 px", {"batch": "timm's own call"}),
