@@ -227,13 +227,11 @@ class Trainer:
                 _seed(config.seed, step * micro_steps + micro, self.rank)
                 output = self._forward(batch, targets)
                 verdict.loss(output.total)
-                # Micro-steps weigh by their images: the number of them where all are alike.
-                parts = together.images / int(together.counts[:, micro].sum())
-                (output.total / parts).backward()
+                (output.total / micro_steps).backward()  # all are alike
             if ahead is not None:
                 ahead.prepare()
             for name, loss in output.teachers.items():
-                losses[name] = losses.get(name, 0.0) + loss / parts
+                losses[name] = losses.get(name, 0.0) + loss / micro_steps
             shapes = [(len(g.student), *g.student.shape[-2:]) for g in batch.groups]
             flops["student"] += self.work.step(
                 shapes, window=batch.plan.window, frozen=bool(self._frozen)
